@@ -1,0 +1,43 @@
+# nanoalign. `make help` lists what there is; `make train` is the place to start.
+PYTHON ?= python3
+OUT    ?= runs/story
+SEED   ?= 0
+# For real things: a Llama folder, preference files, objectives; see the README's recipe.
+MODEL      ?=
+DATA       ?=
+OBJECTIVES ?= harmless helpful
+POLICY     ?=
+PY = .venv/bin/python
+
+.PHONY: help setup train test align eval clean
+
+help:   ## this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+setup: .venv/.installed  ## make .venv and install requirements.txt into it
+
+train: setup  ## the whole story on the embedded world; with MODEL= and DATA=, an aligner on real data
+ifeq ($(MODEL),)
+	$(PY) story.py --out $(OUT) --seed $(SEED)
+else
+	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED)
+	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) --resume
+endif
+
+align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
+	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) --objectives $(OBJECTIVES) \
+	    $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED)
+
+eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --judge-model NAME" on real data
+	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE)
+
+test: setup  ## the tests
+	$(PY) -m pytest -q tests
+
+clean:  ## remove the runs and the virtual environment
+	rm -rf .venv runs .pytest_cache __pycache__ tests/__pycache__

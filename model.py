@@ -1,0 +1,615 @@
+"""A Llama transformer in one file: the network, three ways of attending, its checkpoints, and generation.
+
+Read it in this order. `Config` names the numbers of a model as Hugging Face does. `Llama` is the network. How its
+queries meet its keys is not the network's business: it is handed one of three small objects, `Causal` (plain rows),
+`Packed` (documents one after another, which never see each other) or `Cache` (generation). `from_pretrained` and
+`save_pretrained` speak Hugging Face's folders. `generate` samples. `token_logprobs` is the one function that every
+loss in this project is made of.
+
+Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, G key/value heads, E head_dim.
+"""
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data import UserError
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass
+class Config:
+    """The numbers of a Llama, under the names of Hugging Face's config.json."""
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None             # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                                f"{self.num_attention_heads}: give head_dim")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                            f"num_key_value_heads {self.num_key_value_heads}")
+
+    @property
+    def stop_ids(self):
+        """The token ids that end a text, as a tuple (Llama 3's instruct models name several)."""
+        eos = self.eos_token_id
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @staticmethod
+    def read(path):
+        """Read a config.json; UserError names every key whose value asks for mathematics that is not here."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            assert isinstance(raw, dict)
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; --model takes a folder with config.json, weights, tokenizer.json")
+        except (OSError, ValueError, AssertionError) as error:
+            raise UserError(f"{path}: cannot be read as a JSON object ({error})")
+        refuse_other_mathematics(raw, path)
+        known = {field.name for field in dataclasses.fields(Config)}
+        values = {"rms_norm_eps": 1e-6} | {key: value for key, value in raw.items() if key in known}
+        rope = raw.get("rope_parameters") or {}  # transformers 5 writes theta and scaling into one dictionary
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        scaling = raw.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+        values["rope_scaling"] = scaling if scaling and rope_type(scaling) != "default" else None
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        given = tuple(key for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None)
+        wrong = [key for key in needed + given if not isinstance(values.get(key), int) or values[key] < 1]
+        wrong += [key for key in ("rope_theta", "rms_norm_eps") if not isinstance(values.get(key, 1.0), (int, float))]
+        if wrong:
+            raise UserError(f"{path}: {', '.join(wrong)} missing or not such a number; is it a Llama's config?")
+        return Config(**values)
+
+
+def rope_type(scaling):
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+# Keys that change the network's mathematics, each with the values that leave it as written here.
+NEUTRAL = {
+    "model_type": ("llama",), "hidden_act": ("silu",), "attention_dropout": (0,), "sliding_window": (),
+    "partial_rotary_factor": (1,), "rope_interleaved": (False,), "quantization_config": (),
+    "num_local_experts": (0, 1), "attn_logit_softcapping": (), "final_logit_softcapping": (), "use_qk_norm": (False,),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "no_rope_layers": ([],),
+}
+ROPE_KEYS = {  # scaling type -> the numbers that it needs
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def refuse_other_mathematics(raw, path):
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise UserError(f"{path}: rope_scaling must be null or an object such as "
+                        '{"rope_type": "linear", "factor": 2.0}')
+    wrong = [f"{key} = {value!r}" for source in (raw, rope) for key, value in source.items()
+             if key in NEUTRAL and value is not None and value not in NEUTRAL[key]]
+    kind = rope_type(scaling)
+    if kind not in ROPE_KEYS:
+        wrong.append(f"rope_scaling type {kind!r} (known: {', '.join(ROPE_KEYS)})")
+    else:
+        wrong += [f"rope_scaling without a number {key!r}" for key in ROPE_KEYS[kind]
+                  if not isinstance(scaling.get(key), (int, float))]
+    if wrong:
+        raise UserError(f"{path}: asks for what model.py does not compute: {'; '.join(wrong)}; use a plain Llama")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """(E/2,) angles per position step, with the `linear` and `llama3` context extensions. Source: RoFormer
+    (arXiv 2104.09864); llama3: wavelengths over a quarter of the original context are stretched by `factor`, short
+    ones kept, those between blended."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
+    scaling = config.rope_scaling or {}
+    if rope_type(scaling) == "linear":
+        return frequencies / scaling["factor"]
+    if rope_type(scaling) == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return frequencies
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x, cos, sin, attend, layer):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)          # (B, T, H, E)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)          # (B, T, G, E)
+        v = self.v_proj(x).view(heads)
+        return self.o_proj(attend(layer, q, k, v).flatten(2))     # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, attend, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Parameters carry Hugging Face's names, so a checkpoint needs no translation."""
+
+    def __init__(self, config, seed=0):
+        """A model from scratch, its weights drawn from `seed`."""
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, a third slower
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.frequencies = rope_frequencies(config)  # no buffer: .to(torch.bfloat16) must leave it in fp32
+        if self.lm_head.weight.device.type != "meta":
+            self.initialise(seed)
+
+    def initialise(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:  # the two projections into the residual stream start smaller (GPT-2)
+                into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if into_stream else 0.02
+                nn.init.normal_(parameter, std=scale, generator=generator)
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, tokens, lengths=None):
+        """Logits (B, T, V) of tokens (B, T). With `lengths` (ints that sum to B*T) the flattened rows are documents
+        packed one after another: each is computed as if it were alone."""
+        if lengths is None:
+            return self.lm_head(self.hidden(tokens, Causal(tokens)))
+        flat = self.lm_head(self.hidden(tokens.reshape(1, -1), Packed(lengths, tokens.device)))
+        return flat.view(*tokens.shape, -1)
+
+    def hidden(self, tokens, attend):
+        """Final hidden states (B, T, D), normalised. `attend` has .positions (B, T) or (1, T) and is called with
+        (layer, q, k, v)."""
+        x = self.model.embed_tokens(tokens)                                          # (B, T, D)
+        angles = attend.positions[..., None].float() * self.frequencies.to(x.device) # (B, T, E/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]                     # (B, T, 1, E)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        for layer, block in enumerate(self.model.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, layer, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend, layer)
+        return self.model.norm(x)
+
+    @staticmethod
+    def from_pretrained(folder, dtype=torch.float32, device="cpu"):
+        """Load a Hugging Face Llama folder: model.safetensors, its shards by index, or pytorch_model*.bin."""
+        return load_checkpoint(folder, dtype, device)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, so that `transformers` loads them; each file is put in place
+        whole, the configuration last."""
+        save_checkpoint(self, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Three ways of attending. Each takes q (B, T, H, E), k and v (B, T, G, E) and gives (B, T, H, E).
+
+
+def sdpa(q, k, v, **options):
+    """Scaled dot-product attention on (B, T, heads, E) layouts; G < H key/value heads are shared, not copied."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                       enable_gqa=q.size(2) != k.size(2), **options)
+    return y.transpose(1, 2)
+
+
+class Causal:
+    """Rows of equal length; a token sees itself and those before it."""
+
+    def __init__(self, tokens):
+        self.positions = torch.arange(tokens.size(1), device=tokens.device)[None]
+
+    def __call__(self, layer, q, k, v):
+        return sdpa(q, k, v, is_causal=True)
+
+
+class Packed:
+    """Documents of the given lengths one after another in a single row (B = 1): no padding anywhere but inside the
+    attention itself, where each document is laid out as a row of its own, padded on the right to the longest.
+    Causality hides that padding, so no mask is needed and the fast kernels apply. With a cache, keys and values are
+    also stored there, a document per row (prefill)."""
+
+    def __init__(self, lengths, device, cache=None):
+        lengths = torch.as_tensor(lengths)
+        rows, longest = len(lengths), int(lengths.max())
+        document = torch.repeat_interleave(torch.arange(rows), lengths)              # (N,) which document
+        starts = lengths.cumsum(0) - lengths
+        position = torch.arange(int(lengths.sum())) - starts[document]               # (N,) where in it
+        self.positions = position[None].to(device)
+        self.shape, self.cache = (rows, longest), cache
+        self.places = None if rows == 1 else (document * longest + position).to(device)  # one document: as it is
+
+    def pad(self, x):                                                                # (1, N, h, E) -> (R, L, h, E)
+        if self.places is None:
+            return x
+        padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
+        return padded.index_copy(0, self.places, x[0]).view(*self.shape, *x.shape[2:])
+
+    def __call__(self, layer, q, k, v):
+        q, k, v = self.pad(q), self.pad(k), self.pad(v)
+        if self.cache is not None:
+            self.cache.fill(layer, k, v)
+        y = sdpa(q, k, v, is_causal=True)                                            # (R, L, H, E)
+        return y if self.places is None else y.flatten(0, 1).index_select(0, self.places)[None]
+
+
+class Cache:
+    """Keys and values of R texts, allocated once, left-aligned: row r holds its text's first lengths[r] tokens."""
+
+    def __init__(self, config, rows, longest, dtype, device):
+        shape = (config.num_hidden_layers, rows, longest, config.num_key_value_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * rows
+
+    def fill(self, layer, k, v):
+        """Store a prefill's k, v (R, L, G, E)."""
+        self.k[layer, :k.size(0), :k.size(1)] = k
+        self.v[layer, :v.size(0), :v.size(1)] = v
+
+    def move(self, source, target):
+        """Copy row `source` over row `target` (a finished row's place is taken by the last one)."""
+        if source == target:
+            return
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
+        self.lengths[target] = self.lengths[source]
+
+    def begin(self, rows, new):
+        """Prepare to append `new` tokens to each of the first `rows` rows."""
+        device = self.k.device
+        self.row = torch.arange(rows, device=device)[:, None]
+        self.positions = torch.tensor(self.lengths[:rows], device=device)[:, None] + torch.arange(new, device=device)
+        self.until = max(self.lengths[:rows]) + new
+        seen = torch.arange(self.until, device=device) <= self.positions[..., None]  # (R, new, until)
+        self.mask = seen[:, None]
+        return self
+
+    def __call__(self, layer, q, k, v):
+        rows = q.size(0)
+        self.k[layer, self.row, self.positions] = k.to(self.k.dtype)
+        self.v[layer, self.row, self.positions] = v.to(self.v.dtype)
+        return sdpa(q, self.k[layer, :rows, :self.until], self.v[layer, :rows, :self.until], attn_mask=self.mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Log-probabilities: every loss is made of these
+
+
+def token_logprobs(llama, tokens, lengths, targets, chunk=4096):
+    """Log-probability of the chosen tokens, each given the tokens of its document before it.
+
+    tokens (N,): documents packed one after another, of `lengths`; targets (N,) bool: which tokens to score, never a
+    document's first. Gives (targets.sum(),) in fp32, in order. Logits exist for the chosen tokens only, `chunk` rows
+    at a time, and are computed again in the backward pass rather than kept."""
+    hidden = llama.hidden(tokens[None], Packed(lengths, tokens.device))[0]           # (N, D)
+    where = targets.nonzero()[:, 0]
+    hidden, wanted = hidden.index_select(0, where - 1), tokens[where]                # the token before predicts
+
+    def score(rows, ids):
+        return -F.cross_entropy(llama.lm_head(rows).float(), ids, reduction="none")
+
+    if not torch.is_grad_enabled():
+        parts = [score(h, t) for h, t in zip(hidden.split(chunk), wanted.split(chunk))]
+    else:
+        parts = [checkpoint(score, h, t, use_reentrant=False) if len(where) > chunk else score(h, t)
+                 for h, t in zip(hidden.split(chunk), wanted.split(chunk))]
+    return torch.cat(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@torch.inference_mode()
+def generate(llama, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), seed=0):
+    """Continue each prompt; gives the list of new token ids per prompt, the stop token not included.
+
+    prompts: lists of token ids, of any lengths (at least 1). temperature 0 is greedy. seed: an int, or one per prompt;
+    what a prompt's continuation is depends on its own seed and not on its neighbours in the batch. One prefill of all
+    prompts packed together, then one token per row and step; a row that has finished leaves the batch.
+    """
+    if not prompts:
+        return []
+    if min(map(len, prompts)) == 0:
+        raise UserError("generate: a prompt has no tokens; give it at least the BOS token")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise UserError(f"generate: temperature {temperature} must be at least 0, top_k {top_k} at least 1, "
+                        f"top_p {top_p} above 0 and at most 1")
+    outputs = [[] for _ in prompts]
+    if max_new_tokens < 1:
+        return outputs
+    device, dtype = llama.device, llama.lm_head.weight.dtype
+    lengths = [len(prompt) for prompt in prompts]
+    cache = Cache(llama.config, len(prompts), max(lengths) + max_new_tokens, dtype, device)
+    cache.lengths = list(lengths)
+    flat = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    hidden = llama.hidden(flat[None], Packed(lengths, device, cache))[0]             # (N, D)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits = llama.lm_head(hidden[last])                                             # (R, V)
+    chance = uniforms(seed, len(prompts), max_new_tokens) if temperature > 0 else None
+    active, stops = list(range(len(prompts))), set(stop_ids)                         # row -> prompt
+    for step in range(max_new_tokens):
+        if temperature > 0:
+            new = sample(logits, chance[active, step].to(device), temperature, top_k, top_p)
+        else:
+            new = logits.argmax(-1)
+        new = new.tolist()
+        for row in reversed(range(len(active))):  # from the end, so that a freed place is filled by a settled row
+            if new[row] not in stops:
+                outputs[active[row]].append(new[row])
+            if new[row] in stops or step + 1 == max_new_tokens:
+                cache.move(len(active) - 1, row)
+                active[row], new[row] = active[-1], new[-1]
+                active.pop(), new.pop()
+        if not active:
+            return outputs
+        attend = cache.begin(len(active), 1)
+        logits = llama.lm_head(llama.hidden(torch.tensor(new, device=device)[:, None], attend)[:, 0])
+        for row in range(len(active)):
+            cache.lengths[row] += 1
+    return outputs
+
+
+def uniforms(seed, rows, steps):
+    """(rows, steps) uniform numbers, each row from a generator of its own."""
+    seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + row for row in range(rows)]
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def filtered_probs(logits, temperature, top_k=None, top_p=None):
+    """Probabilities (R, V) after temperature, then top-k, then top-p (the smallest set of likeliest tokens whose mass
+    reaches top_p; Holtzman et al., arXiv 1904.09751), renormalised."""
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_k is not None and top_k < probs.size(-1):
+        kth = probs.topk(top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    if top_p is not None and top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered                                        # mass of the likelier ones
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample(logits, chance, temperature, top_k=None, top_p=None):
+    """One token per row (R,) by inverting the cumulative distribution at `chance` (R,), uniform in [0, 1)."""
+    cumulative = filtered_probs(logits, temperature, top_k, top_p).double().cumsum(-1)
+    point = chance.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints in Hugging Face's layout
+
+
+def checkpoint_files(folder):
+    """The weight files of a folder: [path, ...], the safetensors ones where both kinds exist."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face Llama folder or one that train.py wrote")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / f"{name}.index.json").exists():
+            index = folder / f"{name}.index.json"
+            try:
+                files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise UserError(f"{index}: no 'weight_map' can be read from it; copy the checkpoint again")
+            absent = [f.name for f in files if not f.exists()]
+            if absent:
+                raise UserError(f"{folder}: shards missing: {', '.join(absent)} (named in {index.name})")
+            return files
+        if (folder / name).exists():
+            return [folder / name]
+    raise UserError(f"{folder}: no checkpoint here (neither model.safetensors nor pytorch_model*.bin)")
+
+
+def map_weights(path):
+    """(shapes {name: shape}, read(name) -> tensor) of one file, mapped from disk."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        file = safe_open(path, "pt")
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+
+
+def open_weights(path):
+    """(shapes, read) as of map_weights. What has been read of a mapping counts as memory for as long as it is mapped,
+    so the file is mapped afresh after each 1/25 of it; each time costs, so not for every tensor."""
+    try:
+        shapes, get = map_weights(path)
+    except Exception as error:  # safetensors, pickle, zip and OS errors, all meaning the same to the user
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy or convert it again")
+    fresh = path.stat().st_size // 25
+
+    def read(name):
+        nonlocal get, fresh
+        if fresh < 0:
+            get, fresh = None, path.stat().st_size // 25
+            get = map_weights(path)[1]
+        tensor = get(name)
+        fresh -= tensor.nbytes
+        return tensor
+    return shapes, read
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_checkpoint(folder, dtype, device):
+    folder = Path(folder)
+    files = checkpoint_files(folder)
+    config = Config.read(folder / "config.json")
+    with torch.device("meta"):
+        llama = Llama(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in llama.named_parameters()}
+    found = {}
+    for path in files:
+        shapes, read = open_weights(path)
+        found.update({name: (shape, read) for name, shape in shapes.items()})
+    ignorable = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted and not name.endswith(ignorable)]
+    problems += [f"{name} is {found[name][0]}, config.json says {shape}" for name, shape in wanted.items()
+                 if name in found and found[name][0] != shape]
+    if problems:
+        raise UserError(f"{folder}: weights do not fit config.json: {'; '.join(problems[:20])}"
+                        + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""))
+    # Largest first: while one is copied, it is held twice, and then little else has been loaded yet.
+    for name in sorted(wanted, key=lambda name: -math.prod(wanted[name])):
+        module, _, leaf = name.rpartition(".")
+        tensor = found[name][1](name).to(device=device, dtype=dtype, copy=True)
+        setattr(llama.get_submodule(module), leaf, nn.Parameter(tensor))
+    if config.tie_word_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    return llama
+
+
+def save_checkpoint(llama, folder):
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: parameter.detach().contiguous() for name, parameter in llama.named_parameters()}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              "torch_dtype": str(llama.lm_head.weight.dtype).removeprefix("torch."),
+              **dataclasses.asdict(llama.config)}
+
+    def write_weights(path):
+        try:
+            save_file(weights, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise UserError(f"{folder}: cannot write the weights ({error}); is the disk full?")
+
+    def write_config(path):
+        Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "model.safetensors", write_weights)
+    write_whole(folder / "config.json", write_config)
+
+
+def write_whole(path, write):
+    """Call write(aside), then rename aside to path, so that a reader never sees half a file."""
+    aside = f"{path}.tmp"
+    try:
+        Path(aside).touch()
+        mode = os.stat(aside).st_mode
+        write(aside)
+        os.chmod(aside, mode)  # safetensors makes files that nobody else may read
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def load_tokenizer(folder, llama=None):
+    """The folder's tokenizer.json as a tokenizers.Tokenizer; UserError when it has ids that the embedding lacks."""
+    from tokenizers import Tokenizer
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: not found; copy the model's tokenizer.json there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path}: cannot be read as a tokenizer ({first_line(error)}); copy it again")
+    if llama is not None:
+        highest = max(tokenizer.get_vocab().values())
+        if highest >= llama.config.vocab_size:
+            raise UserError(f"{path}: has token id {highest}, but the embedding of {folder} ends at "
+                            f"{llama.config.vocab_size - 1}; use the tokenizer that belongs to the weights")
+    return tokenizer

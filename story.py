@@ -1,0 +1,269 @@
+"""The whole story on the embedded world, in the order of MetaAligner's paper; `make train` runs it.
+
+    1. a foundation model is pretrained          5. every policy answers questions
+    2. two policies are trained on it            6. the aligner edits the answers, on trained and held-out objectives
+    3. rated answers are reformulated            7. exact judges compare, and a report is written
+    4. the aligner is trained in three steps
+
+The aligner never sees a policy, and 80 of the 480 "mention X" and "avoid X" objectives are kept from it.
+"""
+import argparse
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+import data
+import toy
+from data import Objective, cli
+
+if __name__ == "__main__":
+    PARSER = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    PARSER.add_argument("--out", default="runs/story", metavar="FOLDER", help="where everything is written")
+    PARSER.add_argument("--seed", type=int, default=0, help="of the data, the training and the questions")
+    PARSER.add_argument("--topics", type=int, nargs="+", metavar="N", help="ablation: instead of the story, train one "
+                        "aligner on N topics, for each N, and measure how well it follows held-out ones")
+    PARSER.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    PARSER.parse_args()
+
+import torch  # noqa: E402
+
+import align  # noqa: E402
+import eval  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+                  num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+                  max_position_embeddings=1024)
+SMALL = {**FOUNDATION, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
+         "num_key_value_heads": 3}
+COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=200, save_seconds=60.0)
+PRETRAIN = train.Options(lr=3e-3, batch=32, max_steps=400, **COMMON)
+POLICY = train.Options(lr=2e-3, batch=32, max_steps=120, **COMMON)
+ALIGNER = train.Options(lr=1.5e-3, batch=32, **COMMON)
+STEPS = {"identity": 40, "equal": 40, "better": 400}  # optimizer steps of the aligner's three steps
+REPLAY = 0.15                                         # share of pretraining texts in the aligner's batches
+PROMPTS = 128                                         # questions to each policy
+
+
+def step(number, text, began=time.perf_counter()):
+    print(f"\n[{time.perf_counter() - began:4.0f} s] {number}. {text}", flush=True)
+
+
+def with_seed(options, seed, **changes):
+    return train.Options(**{**vars(options), "seed": seed, **changes})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def pretrain(out, seed, device):
+    texts = list(toy.pretraining_texts(round(PRETRAIN.batch * PRETRAIN.max_steps * 1.02), seed))
+    tokenizer = toy.train_tokenizer(texts[:5000])
+    vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
+    llama = model.Llama(model.Config(vocab_size=vocabulary, **FOUNDATION), seed).to(device)
+    rows = [{"prompt": "", "completion": text} for text in texts]
+    options = with_seed(PRETRAIN, seed)
+    stage = train.prepare("pretrain", rows, tokenizer, llama.config, options)
+    train.train(llama, tokenizer, [stage], out, options, resume=True)
+    return texts
+
+
+def train_policies(out, foundation, seed, device):
+    """Two sizes: "large" goes on from the foundation, "small" starts from nothing; each with its own bad manners."""
+    tokenizer = model.load_tokenizer(foundation)
+    for name in ("small", "large"):
+        rng = random.Random(f"{name} {seed}")
+        prompts = [toy.question(rng)[0] for _ in range(POLICY.batch * POLICY.max_steps)]
+        rows = [{"prompt": prompt, "completion": toy.answer(name, prompt, rng)} for prompt in prompts]
+        base = model.Llama.from_pretrained(foundation, device=device)
+        if name == "small":
+            base = model.Llama(model.Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
+        options = with_seed(POLICY, seed)
+        stage = train.prepare("sft", rows, tokenizer, base.config, options)
+        train.train(base, tokenizer, [stage], out / name, options, resume=True)
+
+
+def reformulate(out, topics, seed):
+    """Rated answers to files, and the pairs made of them."""
+    names = [name for name in toy.TRAINED if name in toy.NAMED or name.partition("_")[2] in set(topics)]
+    objectives = [toy.OBJECTIVES[name] for name in names]
+    needed = round(max(STEPS.values()) * ALIGNER.batch / 9) + 300  # a question gives a dozen "better" pairs
+    data.write_jsonl(out / "rated.jsonl", toy.rated(needed, seed + 1, topics))
+    data.write_jsonl(out / "pairs.jsonl", data.reformulate(data.read_rated(out / "rated.jsonl"), objectives, seed))
+    return out / "pairs.jsonl"
+
+
+def train_aligner(out, foundation, pairs, texts, seed, device):
+    llama = model.Llama.from_pretrained(foundation, device=device)
+    tokenizer = model.load_tokenizer(foundation, llama)
+    stages = []
+    for name, steps in STEPS.items():
+        options = with_seed(ALIGNER, seed)
+        rows = train.STAGES[name][0]([pairs], seed=seed, share=0.5)
+        random.Random(seed).shuffle(rows)
+        stages.append(train.prepare(name, rows[:round(steps * options.batch * 1.02)], tokenizer, llama.config, options,
+                                    texts[:2000], REPLAY))
+    train.train(llama, tokenizer, stages, out, options, resume=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Questions, answers and what is asked of them
+
+
+def policy_answers(name, prompts, out, seed, device):
+    """One answer of a policy to each prompt. All that anybody ever learns of a policy is this text."""
+    rng = random.Random(f"{name} answers {seed}")
+    if name == "blackbox":
+        server = toy.serve(name)
+        endpoint = eval.Endpoint(server.url, name)
+        texts = [endpoint.complete(prompt, 256) for prompt in prompts]
+        server.shutdown()
+        return texts
+    if name in ("small", "large"):
+        writer = align.Writer(out / name, device)
+        ids = [writer.encode(prompt, 256) for prompt in prompts]
+        texts = dict(writer.in_batches(ids, 256, 64, temperature=1.0, seeds=[seed * 10_007 + i for i in range(len(ids))]))
+        return [texts[i] for i in range(len(prompts))]
+    return [toy.answer(name, prompt, rng) for prompt in prompts]
+
+
+KEPT = ("helpful", "harmless")  # trained objectives that are asked for beside a topic
+
+
+def requests(prompts, answers, seed, topics=toy.TRAINED_TOPICS):
+    """Every answer is to be edited up to five times: towards the nine named objectives at once; to mention a trained
+    and a held-out topic; and, where it happens to mention one, to avoid a trained or a held-out topic."""
+    rng = random.Random(f"requests {seed}")
+    for prompt, answer in zip(prompts, answers):
+        yield request(rng, prompt, answer, "named", toy.NAMED)
+        for kind, pool in (("trained", topics), ("held-out", toy.HELD_OUT_TOPICS)):
+            topic = rng.choice(pool)
+            yield request(rng, prompt, answer, kind, [f"mention_{topic}", *KEPT], topic)
+            mentioned = [topic for topic in pool if toy.score(f"mention_{topic}", prompt, answer)]
+            if mentioned:
+                yield request(rng, prompt, answer, kind, [f"avoid_{mentioned[0]}", *KEPT], mentioned[0])
+
+
+def request(rng, prompt, answer, kind, names, topic=None):
+    names = rng.sample(list(names), len(names))
+    return {"prompt": prompt, "original": answer, "kind": kind, "names": names,
+            "objectives": [toy.OBJECTIVES[name] for name in names],
+            "golden": toy.golden(prompt, rng, [topic] if topic else [])}
+
+
+def judged_objectives(item):
+    """The objectives that an edit is judged on, those of a kind pooled under one name, and whether it stayed whole."""
+    pooled = []
+    for name in item["names"]:
+        verb = name.partition("_")[0]
+        label = (name if item["kind"] == "named" else f"{verb} a {item['kind']} topic" if "_" in name
+                 else f"{name} (beside {item['kind']})")
+        pooled.append(f"{label}: {toy.OBJECTIVES[name].description}")
+    return pooled + ["intact: every sentence makes sense"]
+
+
+NAME_OF = {objective.description: name for name, objective in toy.OBJECTIVES.items()}
+NAME_OF["every sentence makes sense"] = "intact"
+
+
+def exact_judge(query, first, second, objective):
+    """Pooled objectives are told apart by their descriptions."""
+    judge = eval.exact_judge(toy.score)
+    return judge(query, first, second, Objective(NAME_OF[objective.description], ""))
+
+
+def has_room(query, text, objective):
+    name = NAME_OF[objective.description]
+    return toy.score(name, query, text) < toy.best(name)
+
+
+def edit_and_judge(aligner, items, seed):
+    """Rows as align.py writes them, and their figures."""
+    items = [{**item, "index": index} for index, item in enumerate(items)]
+    edited = sorted(align.align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda i: i["index"])
+    rows = [{"prompt": item["prompt"], "original": item["original"], "aligned": item["aligned"],
+             "objectives": judged_objectives(item), "golden": item["golden"]} for item in edited]
+    return rows, eval.evaluate(rows, None, exact_judge, concurrency=1, progress=False, room=has_room)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The story, and one ablation
+
+
+def story(out, seed, device):
+    step(1, "a foundation model reads texts")
+    texts = pretrain(out / "foundation", seed, device)
+    step(2, "two policies learn to answer, not too well")
+    train_policies(out, out / "foundation", seed, device)
+    step(3, "rated answers become pairs for the aligner")
+    pairs = reformulate(out, toy.TRAINED_TOPICS, seed)
+    for row in itertools.islice(data.read_pairs(pairs), 1):
+        print(f"--- one of them ({row['relation']})\n{row['prompt']}\n--- its target\n{row['completion']}")
+    step(4, "the aligner learns: to copy, to keep, to improve")
+    train_aligner(out / "aligner", out / "foundation", pairs, texts, seed, device)
+    step(5, "five policies answer; the aligner, which has never seen them, edits")
+    aligner = align.Writer(out / "aligner", device)
+    rng = random.Random(f"prompts {seed}")
+    prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
+    rows, results = {}, {}
+    for name in toy.POLICIES:
+        answers = policy_answers(name, prompts, out, seed, device)
+        rows[name], results[name] = edit_and_judge(aligner, requests(prompts, answers, seed), seed)
+        data.write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
+    step(6, "the judges compare")
+    write_results(out, rows, results)
+    step(7, f"done; open {out / 'report.html'}, or edit something yourself:\n"
+            f"    .venv/bin/python align.py --model {out / 'aligner'} --interactive")
+
+
+def write_results(out, rows, results):
+    eval.print_table(results)
+    figures = {name: {k: v for k, v in result.items() if k != "verdicts"} for name, result in results.items()}
+    data.write_jsonl(out / "results.json", [figures])
+    examples = {name: eval.pick_examples(rows[name], results[name]) for name in rows}
+    notes = ("Five policies of the embedded world, edited by an aligner that has seen none of them. 'Held-out' topics "
+             "occur in no example that it was trained on.")
+    eval.write_report(out / "report.html", results, examples, "nanoalign: the story", notes)
+    for name in results:
+        row = next(row for row in rows[name] if any("held-out" in text for text in row["objectives"]))
+        print(f"\n{name}, asked to: {'; '.join(text.partition(': ')[2] for text in row['objectives'][:-1])}")
+        print(eval.ansi_diff(row["original"], row["aligned"]))
+
+
+def ablation(out, counts, seed, device):
+    """How many trained objectives does it take to follow held-out ones from their text alone?"""
+    texts = pretrain(out / "foundation", seed, device)
+    rng = random.Random(f"prompts {seed}")
+    prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
+    answers = policy_answers("verbose", prompts, out, seed, device)
+    for count in counts:
+        folder = out / f"topics-{count}-{seed}"
+        topics = random.Random(seed).sample(toy.TRAINED_TOPICS, count)
+        train_aligner(folder, out / "foundation", reformulate(folder, topics, seed), texts, seed, device)
+        _, result = edit_and_judge(align.Writer(folder, device), requests(prompts, answers, seed, topics), seed)
+        for name, figures in result["objectives"].items():
+            if "topic" in name:
+                row = {"topics": count, "seed": seed, "objective": name, "net": figures["room_net"],
+                       "interval": figures["room_net_interval"], "n": figures["room_n"]}
+                print(json.dumps(row))
+                with open(out / "topics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def main():
+    args = PARSER.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = Path(args.out)
+    if args.topics:
+        ablation(out, args.topics, args.seed, device)
+    else:
+        story(out, args.seed, device)
+
+
+if __name__ == "__main__":
+    cli(main)

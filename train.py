@@ -1,0 +1,417 @@
+"""The training loop, one for every method, and the methods.
+
+A method is two functions: one that turns files into examples (token ids, and where the part to be learned begins), one
+that turns a packed batch into a loss. `STAGES` lists them; everything else, from bf16 and accumulation to resuming
+after a kill, is `train`, read from top to bottom.
+
+A step is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which
+examples a step holds depends on the seed and the step's number alone: that is why a resumed run repeats a killed one.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import data
+from data import UserError, cli
+
+EPILOG = """examples:
+  python train.py pretrain --model FOLDER --data texts.jsonl --out base
+  python train.py sft      --model base --data answers.jsonl --out policy
+  python train.py aligner  --model base --data pairs.jsonl --out aligner --lr 1e-5 --batch 512
+
+FOLDER is a Hugging Face Llama folder; for pretrain, one with config.json and tokenizer.json alone starts from scratch.
+pairs.jsonl is what `python data.py reformulate` writes. Every run writes OUT/metrics.jsonl, a row per step."""
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description="Train a Llama: foundation, policy or aligner.", epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("stage", choices=["pretrain", "sft", "aligner"])
+    add("--model", required=True, metavar="FOLDER", help="the Llama to start from")
+    add("--data", required=True, nargs="+", metavar="FILE", help="texts, prompt/completion rows, or aligner pairs")
+    add("--out", required=True, metavar="FOLDER", help="where checkpoint and metrics go")
+    add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
+    add("--steps", nargs="+", default=["identity", "equal", "better"], choices=["identity", "partner", "equal", "better"],
+        help="the aligner's steps, in order: warm-up (identity: the answer itself; partner: an equally good one), "
+             "equal preference, contrastive preference (default: identity equal better)")
+    add("--warmup-data", type=float, default=0.1, metavar="SHARE",
+        help="part of the equal-preference pairs used for the warm-up step (default 0.1)")
+    add("--replay", nargs="+", default=[], metavar="FILE", help="pretraining texts mixed into an aligner's batches")
+    add("--replay-share", type=float, default=0.15, metavar="SHARE", help="their share of a batch (default 0.15)")
+    options = Options()
+    for name, kind, text in OPTION_HELP:
+        add("--" + name.replace("_", "-"), type=kind, default=getattr(options, name), metavar=kind.__name__.upper(),
+            help=f"{text} (default {getattr(options, name)})")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Options:
+    """How to train; the defaults are MetaAligner's (arXiv 2403.17141, implementation details)."""
+    lr: float = 1e-5
+    weight_decay: float = 1e-5
+    warmup: float = 0.05
+    epochs: float = 2.0
+    batch: int = 512
+    max_tokens: int = 4096
+    micro_tokens: int = 16384
+    clip: float = 1.0
+    max_steps: int = 0
+    val_share: float = 0.01
+    val_every: int = 100
+    save_seconds: float = 300.0
+    precision: str = "bf16"
+    seed: int = 0
+    checkpoint_activations: bool = False
+
+
+OPTION_HELP = [
+    ("lr", float, "highest learning rate"), ("weight_decay", float, "AdamW's, on matrices only"),
+    ("warmup", float, "share of the steps in which the rate rises; a cosine to zero follows"),
+    ("epochs", float, "passes over the examples, for each step of an aligner"),
+    ("batch", int, "examples per optimizer step"), ("max_tokens", int, "longest example; older turns are dropped"),
+    ("micro_tokens", int, "tokens per forward pass; lower it when memory runs out"),
+    ("clip", float, "largest gradient norm"), ("max_steps", int, "stop after so many steps; 0: after the epochs"),
+    ("val_share", float, "share of the prompts held out for validation"),
+    ("val_every", int, "steps between validations"), ("save_seconds", float, "seconds between saved states"),
+    ("precision", str, "bf16 (autocast over fp32 weights) or fp32"), ("seed", int, "orders the examples"),
+]
+
+if __name__ == "__main__":
+    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import model  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------
+# Methods: data functions. Each gives rows {"prompt", "completion", "context"?}; a text is a row with an empty prompt.
+
+
+def pretraining_rows(paths, **_):
+    """Next-token prediction on whole texts."""
+    return [{"prompt": "", "completion": text} for path in paths for text in data.read_texts(path)]
+
+
+def sft_rows(paths, **_):
+    """Supervised fine-tuning: a prompt's completion, or the best-rated response of preference data."""
+    return [row for path in paths for row in data.read_completions(path)]
+
+
+def equal_rows(paths, **_):
+    """Equal-preference pairs (MetaAligner, step 2)."""
+    return [row for path in paths for row in data.read_pairs(path) if row.get("relation") == "equal"]
+
+
+def better_rows(paths, **_):
+    """Contrastive preference pairs (MetaAligner, step 3)."""
+    return [row for path in paths for row in data.read_pairs(path) if row.get("relation") == "better"]
+
+
+def partner_rows(paths, seed=0, share=0.1):
+    """Warm-up (MetaAligner, step 1) on a random part of the equal-preference pairs as they are."""
+    rows = equal_rows(paths)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(rows), generator=generator)[:math.ceil(share * len(rows))].tolist()
+    return [rows[i] for i in sorted(chosen)]
+
+
+def identity_rows(paths, seed=0, share=0.1):
+    """Warm-up with the answer itself as the target, so that the model starts from copying (Aligner's residual idea,
+    arXiv 2402.02416)."""
+    rows = partner_rows(paths, seed, share)
+    return [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Methods: loss functions. Each takes a packed batch and gives the summed loss over its targets.
+
+
+def cross_entropy(llama, batch):
+    """Negative log-likelihood of the completions given their prompts (MetaAligner, eqs. 4-6)."""
+    return -model.token_logprobs(llama, batch.tokens, batch.lengths, batch.targets).sum()
+
+
+STAGES = {  # name -> (data function, loss function)
+    "pretrain": (pretraining_rows, cross_entropy),
+    "sft": (sft_rows, cross_entropy),
+    "identity": (identity_rows, cross_entropy),
+    "partner": (partner_rows, cross_entropy),
+    "equal": (equal_rows, cross_entropy),
+    "better": (better_rows, cross_entropy),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# From rows to batches
+
+
+@dataclass
+class Stage:
+    """One run of the loop: a name, examples [(ids, n_prompt)], held-out ones, texts to mix in, a loss."""
+    name: str
+    examples: list
+    held_out: list = field(default_factory=list)
+    replay: list = field(default_factory=list)
+    replay_share: float = 0.0
+    loss: object = cross_entropy
+
+
+@dataclass
+class Batch:
+    """Examples packed one after another: tokens (N,), targets (N,) bool, lengths per example."""
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    lengths: list
+
+
+def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
+    """Tokenise rows into a Stage. Whole prompts are held out, so that no held-out prompt is trained on in another
+    pair. Says how many examples did not fit; UserError when none is left."""
+    def encode(rows):
+        stop = config.stop_ids[0] if config.stop_ids else None
+        return data.encode_pairs(tokenizer, rows, config.bos_token_id, stop, options.max_tokens)
+    held_out = [data.held_out(row, options.val_share, options.seed) for row in rows]
+    examples, dropped = encode([row for row, out in zip(rows, held_out) if not out])
+    validation, more = encode([row for row, out in zip(rows, held_out) if out])
+    if dropped + more:
+        print(f"{name}: {dropped + more} of {len(rows)} examples left out: over {options.max_tokens} tokens even "
+              "without their oldest turns (see --max-tokens)")
+    if not examples:
+        raise UserError(f"{name}: no example to train on ({len(rows)} rows read); check --data, --max-tokens, --val-share")
+    texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
+    return Stage(name, examples, validation, texts, replay_share, STAGES[name][1])
+
+
+def steps_in(stage, options):
+    total = math.ceil(options.epochs * len(stage.examples) / options.batch)
+    return min(total, options.max_steps) if options.max_steps else total
+
+
+def examples_of(stage, step, options):
+    """The examples of a step: a pure function of seed and step. The data is shuffled anew for each epoch."""
+    def draw(pool, count, salt):
+        chosen = []
+        while len(chosen) < count:
+            epoch, place = divmod(step * count + len(chosen), len(pool))
+            generator = torch.Generator().manual_seed(hash((options.seed, salt, epoch)) % 2**63)
+            order = torch.randperm(len(pool), generator=generator)
+            chosen += [pool[i] for i in order[place:place + count - len(chosen)].tolist()]
+        return chosen
+    extra = round(options.batch * stage.replay_share) if stage.replay else 0
+    return draw(stage.examples, options.batch - extra, 0) + (draw(stage.replay, extra, 1) if extra else [])
+
+
+def pack(examples, micro_tokens, device):
+    """Batches of at most micro_tokens tokens (an example that is longer gets its own), lengths alike side by side."""
+    groups, size = [[]], 0
+    for ids, n_prompt in sorted(examples, key=lambda example: len(example[0])):
+        if groups[-1] and size + len(ids) > micro_tokens:
+            groups, size = groups + [[]], 0
+        groups[-1].append((ids, n_prompt))
+        size += len(ids)
+    for group in groups:
+        tokens = torch.tensor([token for ids, _ in group for token in ids])
+        targets = torch.cat([torch.arange(len(ids)) >= max(n_prompt, 1) for ids, n_prompt in group])
+        yield Batch(tokens.to(device), targets.to(device), [len(ids) for ids, _ in group])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
+    """Train llama through the stages, one after another, and save it as a folder that from_pretrained reads.
+
+    out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from. A finished run
+    leaves no state behind. Gives the rows of metrics."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = llama.device
+    llama.checkpoint_activations = options.checkpoint_activations
+    state = load_state(out, stages, options) if resume else None
+    if state == "finished":
+        print(f"{out}: finished already")
+        return read_metrics(out)
+    if state:
+        llama.load_state_dict(state["model"])
+    metrics = open_metrics(out, state["metrics_bytes"] if state else 0)
+    for number, stage in enumerate(stages):
+        if state and number < state["stage"]:
+            continue
+        optimizer = make_optimizer(llama, options)
+        first, tokens, spent, total = 0, 0, 0.0, steps_in(stage, options)
+        if state and state["stage"] == number:
+            optimizer.load_state_dict(state["optimizer"])
+            first, tokens, spent = state["step"], state["tokens"], state["seconds"]
+        began = saved = time.perf_counter()
+        bar = tqdm(total=total, initial=first, desc=f"{out.name}: {stage.name}", unit="step", disable=not progress)
+        if first == 0:
+            validate(llama, stage, 0, metrics, options)
+        for step in range(first, total):
+            rate = learning_rate(step, total, options)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = list(pack(examples_of(stage, step, options), options.micro_tokens, device))
+            count = sum(int(batch.targets.sum()) for batch in batches)
+            loss = 0.0
+            for batch in batches:
+                with autocast(device, options):
+                    part = stage.loss(llama, batch) / count
+                part.backward()
+                loss = loss + part.detach()
+                tokens += len(batch.tokens)
+            norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.perf_counter()
+            row = {"stage": stage.name, "step": step + 1, "loss": float(loss), "lr": rate, "grad_norm": float(norm),
+                   "tokens": tokens, "seconds": round(spent + now - began, 3)}
+            write_row(metrics, row)
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"{out}: the loss of step {step + 1} is {row['loss']}; lower --lr or check --data")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / row['seconds']:,.0f} tok/s, {memory(device)}")
+            bar.update()
+            if (step + 1) % options.val_every == 0 or step + 1 == total:
+                validate(llama, stage, step + 1, metrics, options)
+            if now - saved > options.save_seconds and step + 1 < total:
+                save_state(out, llama, optimizer, number, step + 1, tokens, row["seconds"], metrics, options)
+                saved = time.perf_counter()
+        bar.close()
+        if number + 1 < len(stages):
+            save_state(out, llama, make_optimizer(llama, options), number + 1, 0, 0, 0.0, metrics, options)
+    metrics.close()
+    model.write_whole(out / "tokenizer.json", tokenizer.save)
+    llama.save_pretrained(out)
+    (out / "state.pt").unlink(missing_ok=True)
+    return read_metrics(out)
+
+
+def make_optimizer(llama, options):
+    """AdamW, decay on matrices only, the update fused into one kernel."""
+    parameters = list(llama.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate(step, total, options):
+    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    rising = max(1, math.ceil(options.warmup * total))
+    if step < rising:
+        return options.lr * (step + 1) / rising
+    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def autocast(device, options):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+
+
+@torch.no_grad()
+def validate(llama, stage, step, metrics, options):
+    """Mean loss per target token on the held-out examples, written to metrics."""
+    if not stage.held_out:
+        return
+    loss, count = 0.0, 0
+    for batch in pack(stage.held_out, options.micro_tokens, llama.device):
+        with autocast(llama.device, options):
+            loss += float(stage.loss(llama, batch))
+        count += int(batch.targets.sum())
+    write_row(metrics, {"stage": stage.name, "step": step, "val_loss": loss / count})
+
+
+def memory(device):
+    """Peak memory so far, for the progress bar."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    import resource
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Metrics and the state to resume from
+
+
+def write_row(metrics, row):
+    metrics.write((json.dumps(row) + "\n").encode())
+    metrics.flush()
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in open(Path(out) / "metrics.jsonl", encoding="utf-8")]
+
+
+def open_metrics(out, keep):
+    """The metrics file, cut back to the bytes that the resumed state knows of."""
+    metrics = open(out / "metrics.jsonl", "ab")
+    metrics.truncate(keep)
+    return metrics
+
+
+def save_state(out, llama, optimizer, stage, step, tokens, seconds, metrics, options):
+    state = {"model": llama.state_dict(), "optimizer": optimizer.state_dict(), "stage": stage, "step": step,
+             "tokens": tokens, "seconds": seconds, "metrics_bytes": os.fstat(metrics.fileno()).st_size,
+             "options": vars(options)}
+    model.write_whole(out / "state.pt", lambda path: torch.save(state, path))
+
+
+def load_state(out, stages, options):
+    """What save_state wrote; None to begin at the beginning; "finished" when there is nothing left to do."""
+    path = out / "state.pt"
+    if not path.exists():
+        return "finished" if (out / "config.json").exists() and (out / "metrics.jsonl").exists() else None
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start again")
+    schedule = ("lr", "weight_decay", "warmup", "epochs", "batch", "max_tokens", "max_steps", "val_share", "seed")
+    changed = [key for key in schedule if state["options"][key] != getattr(options, key)]
+    if changed:
+        raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main():
+    args = arguments()
+    options = Options(**{name: getattr(args, name) for name in vars(Options())})
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    llama = start_from(args.model, args.stage, device, options.seed)
+    tokenizer = model.load_tokenizer(args.model, llama)
+    replay = [text for path in args.replay for text in data.read_texts(path)]
+    names = args.steps if args.stage == "aligner" else [args.stage]
+    stages = []
+    for name in names:
+        rows = STAGES[name][0](args.data, seed=options.seed, share=args.warmup_data)
+        stages.append(prepare(name, rows, tokenizer, llama.config, options, replay, args.replay_share))
+    print(f"{sum(p.numel() for p in llama.parameters()):,} parameters on {device}; "
+          + ", ".join(f"{s.name}: {len(s.examples):,} examples, {steps_in(s, options):,} steps" for s in stages))
+    rows = train(llama, tokenizer, stages, args.out, options, args.resume)
+    for stage in stages:
+        losses = [row["val_loss"] for row in rows if row["stage"] == stage.name and "val_loss" in row]
+        if losses:
+            print(f"{stage.name}: validation loss {losses[0]:.3f} before, {losses[-1]:.3f} after")
+    print(f"saved in {args.out}")
+
+
+def start_from(folder, stage, device, seed):
+    """The model in a folder; for pretraining, one from scratch where the folder has a configuration alone."""
+    weights = list(Path(folder).glob("*.safetensors")) + list(Path(folder).glob("*.bin"))
+    if stage == "pretrain" and not weights and (Path(folder) / "config.json").exists():
+        return model.Llama(model.Config.read(Path(folder) / "config.json"), seed).to(device)
+    return model.Llama.from_pretrained(folder, device=device)
+
+
+if __name__ == "__main__":
+    cli(main)
