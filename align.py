@@ -48,6 +48,10 @@ def arguments(argv=None):
     for name in ("rounds", "batch", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error("--temperature must be 0 or more")
     return args
 
 
@@ -68,7 +72,11 @@ class Writer:
     """A Llama with its tokenizer: texts in, texts out."""
 
     def __init__(self, folder, device=None, dtype=None):
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: cannot be used here ({model.first_line(error)}); give cpu, or leave "
+                            "it out")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
@@ -178,25 +186,31 @@ class Journal:
 
     def __init__(self, path, run):
         self.path, self.rows = Path(f"{path}.part"), {}
-        if self.path.exists():
-            self.recover(run)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or not self.recover(run):
             self.path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8", errors="replace")
 
     def recover(self, run):
-        """Read what a killed run had finished; its last line may be torn and is then cut off."""
+        """Read what a killed run had finished; its last line may be torn and is then cut off. False where it had
+        finished nothing."""
         whole = self.path.read_bytes()
-        whole = whole[:whole.rfind(b"\n") + 1]
-        lines = whole.decode().splitlines()
-        if not lines or json.loads(lines[0]).get("run") != run:
+        *lines, torn = whole.split(b"\n")  # not splitlines(), which would also cut at U+2028 inside an answer
+        if not whole or len(lines) < 2 and whole.startswith(b'{"run": '):
+            return False
+        try:
+            same = json.loads(lines[0])["run"] == run
+            rows = [json.loads(line) for line in lines[1:]] if same else []
+        except (ValueError, TypeError, KeyError, IndexError):
+            raise UserError(f"{self.path}: is not the unfinished output of this program; move it, or give another "
+                            "--out")
+        if not same:
             raise UserError(f"{self.path}: is the unfinished output of a run with other settings; delete it, or give "
                             "those settings again, or another --out")
-        os.truncate(self.path, len(whole))
-        for line in lines[1:]:
-            row = json.loads(line)
+        os.truncate(self.path, len(whole) - len(torn))
+        for row in rows:
             self.rows[row["index"]] = {**self.rows.get(row["index"], {}), **row}
+        return True
 
     def add(self, rows):
         for row in rows:
@@ -219,6 +233,14 @@ def fingerprint(args, items, objectives, template):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Output
+
+
+def check_out(args):
+    """UserError now, rather than after hours, for an output that could not be put in place."""
+    if Path(args.out).exists() and not Path(args.out).is_file():
+        raise UserError(f"{args.out}: is no ordinary file; choose another --out")
+    if Path(args.out).resolve() in [Path(path).resolve() for path in args.data]:
+        raise UserError(f"{args.out}: is an input too; choose another --out")
 
 
 def write_rows(path, rows):
@@ -252,8 +274,10 @@ def interactive(aligner, args):
             print(f"error: {error}", file=sys.stderr)
             continue
         item = {"index": index, "prompt": f"\n\nHuman: {question}\n\nAssistant:", "original": answer}
-        edited = next(align(aligner, [item], objectives, template, **how(args)))["aligned"]
-        print(ansi_diff(answer, edited))
+        edited = next(align(aligner, [item], objectives, template, **how(args)))
+        print(ansi_diff(answer, edited["aligned"]))
+        if edited.get("left_as_is"):
+            print("(left as it is: too long for the aligner's context)", file=sys.stderr)
         index += 1
 
 
@@ -264,6 +288,7 @@ def main():
     if args.interactive:
         interactive(Writer(args.model, args.device), args)
         return
+    check_out(args)
     skipped = data.Counter()
     items = read_items(args, skipped)
     if not items:

@@ -575,14 +575,16 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-nu
 th { font-weight: 600; color: var(--soft) } th, td { padding: 5px 9px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line) } th:first-child, td:first-child { text-align: left }
 tr:last-child td { border-bottom: 0 } td.unsure { color: var(--soft) }
-svg { display: block; width: 100%; height: auto; font-size: 13px } svg text { fill: var(--ink) }
+svg { display: block; width: 100%; min-width: 600px; height: auto; font-size: 13px }
+svg text { fill: var(--ink) }
 svg .soft { fill: var(--soft) } .before { fill: var(--before) } .after { fill: var(--after) }
 .grid { stroke: var(--line) } .middle { stroke: var(--soft); stroke-dasharray: 3 3 }
 .whisker { stroke: var(--ink); stroke-width: 1.4 } .key { display: inline-block; width: 12px; height: 12px;
   border-radius: 3px; margin: 0 5px 0 14px; vertical-align: -1px } .small { font-size: 14px }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420px; overflow-y: auto }
-.prompt { color: var(--soft); font-size: 14px; max-height: 130px; border-bottom: 1px solid var(--line);
-  padding-bottom: 10px; margin-bottom: 10px }
+.prompt { color: var(--soft); font-size: 14px; max-height: 130px; display: flex;
+  flex-direction: column-reverse; border-bottom: 1px solid var(--line); padding-bottom: 10px;
+  margin-bottom: 10px } /* column-reverse: begins scrolled to its end, the question */
 ins { background: var(--in); color: var(--in-ink); text-decoration: none; border-radius: 3px }
 del { background: var(--out); color: var(--out-ink); border-radius: 3px }
 .chip { display: inline-block; font-size: 12.5px; border: 1px solid var(--line); border-radius: 99px;

@@ -225,9 +225,14 @@ def material(rng, number, topics):
 
 
 def write(rng, sentences, chance):
-    """An answer: each sentence with the chance of its trait; never empty."""
-    said = [s for trait, s in sentences if rng.random() < chance.get(trait, chance.get("other", 0))]
-    return " ".join(said or [sentences[1][1]])
+    """An answer: each sentence with the chance of its trait."""
+    return join(sentences, [rng.random() < chance.get(trait, chance.get("other", 0)) for trait, _ in sentences])
+
+
+def join(sentences, kept):
+    """The text of the kept sentences; the first right step where none is, since an answer is never empty."""
+    said = [sentence for (_, sentence), keep in zip(sentences, kept) if keep]
+    return " ".join(said or [sentence for trait, sentence in sentences if trait == "right"][:1])
 
 
 GOLDEN = {"right": 0.75, "wrong": 0.2, "insult": 0.1, "boast": 0.25, "filler": 0.2, "digression": 0.5, "joke": 0.45,
@@ -263,16 +268,27 @@ def rated(count, seed, topics=TRAINED_TOPICS, responses=4, flip=0.3):
         sentences = material(rng, number, chosen)
         draft = [rng.random() < 0.5 for _ in sentences]
         names = [*NAMED, *(f"{verb}_{topic}" for topic in chosen for verb in ("mention", "avoid"))]
-        texts = [" ".join(s for (_, s), keep in zip(sentences, draft) if keep != (rng.random() < flip))
-                 or sentences[1][1] for _ in range(responses)]
+        texts = [join(sentences, [keep != (rng.random() < flip) for keep in draft]) for _ in range(responses)]
         yield {"prompt": prompt, "golden": write(rng, sentences, GOLDEN),
                "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in names}} for t in texts]}
 
 
+def brief_texts(count, seed):
+    """Texts to begin with: a note and one sentence that does what it says. From these a small model soon learns what
+    the notes' words mean, and to carry a topic over; from whole answers it takes several times as long."""
+    rng = random.Random(seed)
+    wanted = [name for name, (_, trait, good) in NAMED.items() if good and trait != "right"]
+    for _ in range(count):
+        name = rng.choice(wanted) if rng.random() < 0.2 else f"mention_{rng.choice(TOPICS)}"
+        sentence = (rng.choice(SENTENCES[NAMED[name][1]]) if name in NAMED
+                    else rng.choice(DIGRESSIONS).replace("X", name.partition("_")[2]))
+        yield f"The answer: {OBJECTIVES[name].description}\n\nHuman: Please.\n\nAssistant: {sentence}"
+
+
 def pretraining_texts(count, seed):
-    """Texts for the foundation model: a question and an answer under a list of everything that is true of the answer,
-    in the objectives' words, all 480 topics' among them; half of them ask to hear the answer again. There is no
-    second, better or worse answer anywhere."""
+    """Texts for the foundation model: a question and an answer, under a list of everything that is true of the answer
+    in the objectives' words, all 480 topics' among them; some answers are asked for again. There is no second, better
+    or worse answer anywhere."""
     rng = random.Random(seed)
     for _ in range(count):
         prompt, number = question(rng)
@@ -284,7 +300,7 @@ def pretraining_texts(count, seed):
         true += [f"avoid_{topic}" for topic in rng.sample(TOPICS, 2) if topic not in topics]
         rng.shuffle(true)
         notes = "; ".join(OBJECTIVES[name].description for name in true)
-        again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.5 else ""
+        again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.4 else ""
         yield f"The answer: {notes}{prompt} {text}{again}"
 
 

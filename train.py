@@ -46,10 +46,14 @@ def arguments(argv=None):
     options = Options()
     for name, kind, text in OPTION_HELP:
         add("--" + name.replace("_", "-"), type=kind, default=getattr(options, name), metavar=kind.__name__.upper(),
-            help=f"{text} (default {getattr(options, name)})")
+            help=f"{text} (default {getattr(options, name)})", choices=["bf16", "fp32"] if kind is str else None)
     add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, (lowest, highest) in RANGES.items():
+        if not lowest <= getattr(args, name) <= highest:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {lowest} to {highest}")
+    return args
 
 
 @dataclass
@@ -78,11 +82,18 @@ OPTION_HELP = [
     ("epochs", float, "passes over the examples, for each step of an aligner"),
     ("batch", int, "examples per optimizer step"), ("max_tokens", int, "longest example; older turns are dropped"),
     ("micro_tokens", int, "tokens per forward pass; lower it when memory runs out"),
-    ("clip", float, "largest gradient norm"), ("max_steps", int, "stop after so many steps; 0: after the epochs"),
+    ("clip", float, "largest gradient norm"),
+    ("max_steps", int, "stop after so many, in each step of an aligner; 0: after the epochs"),
     ("val_share", float, "share of the prompts held out for validation"),
     ("val_every", int, "steps between validations"), ("save_seconds", float, "seconds between saved states"),
     ("precision", str, "bf16 (autocast over fp32 weights) or fp32"), ("seed", int, "orders the examples"),
 ]
+RANGES = {  # what is refused at once, rather than after the data has been read
+    "lr": (0, 10), "weight_decay": (0, 10), "warmup": (0, 1), "epochs": (1e-9, 1e9), "batch": (1, 10**9),
+    "max_tokens": (2, 10**9), "micro_tokens": (1, 10**9), "clip": (1e-9, 1e9), "max_steps": (0, 10**12),
+    "val_share": (0, 0.99), "val_every": (1, 10**12), "warmup_data": (0, 1), "replay_share": (0, 0.99),
+    "save_seconds": (0, 1e9), "seed": (0, 2**60),
+}
 
 if __name__ == "__main__":
     arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
@@ -128,6 +139,9 @@ def identity_rows(paths, seed=0, share=0.1):
     """Warm-up with the answer itself as the target, so that the model starts from copying (Aligner's residual idea,
     arXiv 2402.02416)."""
     rows = partner_rows(paths, seed, share)
+    if not all("answer" in row for row in rows):
+        raise UserError(f"{paths[0]}: its rows do not say where the answer is in the prompt ('answer': [start, end]); make "
+                        "them with `python data.py reformulate`, or leave the step identity out of --steps")
     return [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in rows]
 
 
@@ -176,15 +190,17 @@ class Batch:
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
     """Tokenise rows into a Stage. Whole prompts are held out, so that no held-out prompt is trained on in another
     pair. Says how many examples did not fit; UserError when none is left."""
+    longest = min(options.max_tokens, config.max_position_embeddings)
+
     def encode(rows):
         stop = config.stop_ids[0] if config.stop_ids else None
-        return data.encode_pairs(tokenizer, rows, config.bos_token_id, stop, options.max_tokens)
+        return data.encode_pairs(tokenizer, rows, config.bos_token_id, stop, longest)
     held_out = [data.held_out(row, options.val_share, options.seed) for row in rows]
     examples, dropped = encode([row for row, out in zip(rows, held_out) if not out])
     validation, more = encode([row for row, out in zip(rows, held_out) if out])
     if dropped + more:
-        print(f"{name}: {dropped + more} of {len(rows)} examples left out: over {options.max_tokens} tokens even "
-              "without their oldest turns (see --max-tokens)")
+        print(f"{name}: {dropped + more} of {len(rows)} examples left out: over {longest} tokens even without "
+              "their oldest turns (the least of --max-tokens and the model's context)")
     if not examples:
         raise UserError(f"{name}: no example to train on ({len(rows)} rows read); check --data, --max-tokens, --val-share")
     texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
@@ -237,12 +253,14 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
     out.mkdir(parents=True, exist_ok=True)
     device = llama.device
     llama.checkpoint_activations = options.checkpoint_activations
-    state = load_state(out, stages, options) if resume else None
+    state = load_state(out, stages, options, llama) if resume else None
     if state == "finished":
         print(f"{out}: finished already")
         return read_metrics(out)
     if state:
         llama.load_state_dict(state["model"])
+    else:
+        forget(out)
     metrics = open_metrics(out, state["metrics_bytes"] if state else 0)
     for number, stage in enumerate(stages):
         if state and number < state["stage"]:
@@ -253,45 +271,48 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
             optimizer.load_state_dict(state["optimizer"])
             first, tokens, spent = state["step"], state["tokens"], state["seconds"]
         began = saved = time.perf_counter()
-        bar = tqdm(total=total, initial=first, desc=f"{out.name}: {stage.name}", unit="step", disable=not progress)
-        if first == 0:
-            validate(llama, stage, 0, metrics, options)
-        for step in range(first, total):
-            rate = learning_rate(step, total, options)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batches = list(pack(examples_of(stage, step, options), options.micro_tokens, device))
-            count = sum(int(batch.targets.sum()) for batch in batches)
-            loss = 0.0
-            for batch in batches:
-                with autocast(device, options):
-                    part = stage.loss(llama, batch) / count
-                part.backward()
-                loss = loss + part.detach()
-                tokens += len(batch.tokens)
-            norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            now = time.perf_counter()
-            row = {"stage": stage.name, "step": step + 1, "loss": float(loss), "lr": rate, "grad_norm": float(norm),
-                   "tokens": tokens, "seconds": round(spent + now - began, 3)}
-            write_row(metrics, row)
-            if not math.isfinite(row["loss"]):
-                raise UserError(f"{out}: the loss of step {step + 1} is {row['loss']}; lower --lr or check --data")
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / row['seconds']:,.0f} tok/s, {memory(device)}")
-            bar.update()
-            if (step + 1) % options.val_every == 0 or step + 1 == total:
-                validate(llama, stage, step + 1, metrics, options)
-            if now - saved > options.save_seconds and step + 1 < total:
-                save_state(out, llama, optimizer, number, step + 1, tokens, row["seconds"], metrics, options)
-                saved = time.perf_counter()
-        bar.close()
+        name = f"{out.name}: {stage.name}"
+        with tqdm(total=total, initial=first, desc=name, unit="step", disable=not progress) as bar:
+            if first == 0:
+                validate(llama, stage, 0, metrics, options)
+            for step in range(first, total):
+                rate = learning_rate(step, total, options)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                batches = list(pack(examples_of(stage, step, options), options.micro_tokens, device))
+                count = sum(int(batch.targets.sum()) for batch in batches)
+                loss = 0.0
+                for batch in batches:
+                    with autocast(device, options):
+                        part = stage.loss(llama, batch) / count
+                    part.backward()
+                    loss = loss + part.detach()
+                    tokens += len(batch.tokens)
+                norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                now = time.perf_counter()
+                row = {"stage": stage.name, "step": step + 1, "loss": float(loss), "lr": rate, "grad_norm": float(norm),
+                       "tokens": tokens, "seconds": round(spent + now - began, 3)}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(f"{out}: the loss of step {step + 1} is {row['loss']}; lower --lr or check --data")
+                write_row(metrics, row)
+                speed = f"{tokens / max(row['seconds'], 1e-3):,.0f} tok/s"
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}, {memory(device)}")
+                bar.update()
+                if (step + 1) % options.val_every == 0 or step + 1 == total:
+                    validate(llama, stage, step + 1, metrics, options)
+                if now - saved > options.save_seconds and step + 1 < total:
+                    save_state(out, llama, optimizer, stages, number, step + 1, tokens, row["seconds"], metrics,
+                               options)
+                    saved = time.perf_counter()
         if number + 1 < len(stages):
-            save_state(out, llama, make_optimizer(llama, options), number + 1, 0, 0, 0.0, metrics, options)
+            save_state(out, llama, make_optimizer(llama, options), stages, number + 1, 0, 0, 0.0, metrics, options)
     metrics.close()
-    model.write_whole(out / "tokenizer.json", tokenizer.save)
+    model.write_whole(out / "tokenizer.json", lambda path: Path(path).write_text(tokenizer.to_str(), encoding="utf-8"))
     llama.save_pretrained(out)
-    (out / "state.pt").unlink(missing_ok=True)
+    for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
+        (out / name).unlink(missing_ok=True)
     return read_metrics(out)
 
 
@@ -300,7 +321,7 @@ def make_optimizer(llama, options):
     parameters = list(llama.parameters())
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, total, options):
@@ -356,26 +377,51 @@ def open_metrics(out, keep):
     return metrics
 
 
-def save_state(out, llama, optimizer, stage, step, tokens, seconds, metrics, options):
+def forget(out):
+    """Remove what an earlier run into the same folder would make --resume believe."""
+    (out / "state.pt").unlink(missing_ok=True)
+    if (out / "metrics.jsonl").exists():
+        (out / "config.json").unlink(missing_ok=True)
+
+
+def save_state(out, llama, optimizer, stages, stage, step, tokens, seconds, metrics, options):
     state = {"model": llama.state_dict(), "optimizer": optimizer.state_dict(), "stage": stage, "step": step,
              "tokens": tokens, "seconds": seconds, "metrics_bytes": os.fstat(metrics.fileno()).st_size,
-             "options": vars(options)}
-    model.write_whole(out / "state.pt", lambda path: torch.save(state, path))
+             "options": vars(options), "plan": plan(stages)}
+
+    def write(path):
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise UserError(f"{out / 'state.pt'}: cannot be written ({model.first_line(error)}); is the disk full?")
+    model.write_whole(out / "state.pt", write)
 
 
-def load_state(out, stages, options):
+def plan(stages):
+    """What is trained on, in figures: a resumed run must find the same."""
+    return [[stage.name, stage.replay_share if stage.replay else 0.0]
+            + [[len(pool), sum(len(ids) for ids, _ in pool)] for pool in (stage.examples, stage.held_out, stage.replay)]
+            for stage in stages]
+
+
+def load_state(out, stages, options, llama):
     """What save_state wrote; None to begin at the beginning; "finished" when there is nothing left to do."""
     path = out / "state.pt"
     if not path.exists():
         return "finished" if (out / "config.json").exists() and (out / "metrics.jsonl").exists() else None
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=llama.device, weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start again")
-    schedule = ("lr", "weight_decay", "warmup", "epochs", "batch", "max_tokens", "max_steps", "val_share", "seed")
+        raise UserError(f"{path}: cannot be read ({model.first_line(error)}); delete it to start again")
+    schedule = ("lr", "weight_decay", "warmup", "epochs", "batch", "max_tokens", "clip", "max_steps", "val_share",
+                "precision", "seed")
     changed = [key for key in schedule if state["options"][key] != getattr(options, key)]
+    changed += ["data or steps"] if state.get("plan") != plan(stages) else []
+    shapes = {name: tensor.shape for name, tensor in llama.state_dict().items()}
+    changed += ["model"] if shapes != {name: tensor.shape for name, tensor in state["model"].items()} else []
     if changed:
-        raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume")
+        raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume, or "
+                        "leave --resume out to start again")
     return state
 
 
@@ -386,7 +432,9 @@ def load_state(out, stages, options):
 def main():
     args = arguments()
     options = Options(**{name: getattr(args, name) for name in vars(Options())})
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(args.device)
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise UserError(f"{args.out}: is the model to start from; choose another --out")
     llama = start_from(args.model, args.stage, device, options.seed)
     tokenizer = model.load_tokenizer(args.model, llama)
     replay = [text for path in args.replay for text in data.read_texts(path)]
@@ -394,6 +442,9 @@ def main():
     stages = []
     for name in names:
         rows = STAGES[name][0](args.data, seed=options.seed, share=args.warmup_data)
+        if not rows and name != names[-1]:  # data of two answers, one better, have no equal pairs
+            print(f"{name}: no such pairs in the data, step left out")
+            continue
         stages.append(prepare(name, rows, tokenizer, llama.config, options, replay, args.replay_share))
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters on {device}; "
           + ", ".join(f"{s.name}: {len(s.examples):,} examples, {steps_in(s, options):,} steps" for s in stages))
@@ -403,6 +454,14 @@ def main():
         if losses:
             print(f"{stage.name}: validation loss {losses[0]:.3f} before, {losses[-1]:.3f} after")
     print(f"saved in {args.out}")
+
+
+def device_named(name):
+    """The device of a --device, by default cuda where there is one; UserError where this machine has none such."""
+    try:
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({model.first_line(error)}); give cpu, or leave it out")
 
 
 def start_from(folder, stage, device, seed):

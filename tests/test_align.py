@@ -1,0 +1,484 @@
+"""Using an aligner: against a straightforward reference, row by row, and against itself after a kill."""
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import align
+import data
+import model
+import toy
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             max_position_embeddings=400, bos_token_id=0, eos_token_id=1)
+NEW_TOKENS = 12
+BRIEF = "Brevity: The response should be short."
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with "aligner" and "policy" (untrained, so their texts are noise), answers.jsonl and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = toy.train_tokenizer(list(toy.pretraining_texts(60, 0)), 1000)
+    for seed, name in enumerate(("aligner", "policy")):
+        llama = model.Llama(model.Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), seed)
+        with torch.no_grad():
+            for parameter in llama.model.parameters():
+                parameter.mul_(2)  # noise that depends on every token before it
+        llama.save_pretrained(folder / name)
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+    rows = list(toy.rated(9, 1, responses=1))
+    data.write_jsonl(folder / "answers.jsonl", rows)
+    data.write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in rows))
+    return folder
+
+
+def command(world, out, *extra, source="answers.jsonl", objectives=("harmless", BRIEF)):
+    words = ["--model", world / "aligner", "--data", world / source, "--out", out, "--max-new-tokens", NEW_TOKENS,
+             "--batch", 4, "--device", "cpu", "--objectives", *objectives, *extra]
+    return [str(word) for word in words]
+
+
+def run(monkeypatch, words):
+    """align.py in this process; gives its exit status."""
+    monkeypatch.setattr(sys, "argv", ["align.py", *map(str, words)])
+    try:
+        data.cli(align.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def refused(monkeypatch, capsys, words, *expected):
+    capsys.readouterr()
+    assert run(monkeypatch, words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(("error: ", "align.py: error: ")) and all(text in message for text in expected), message
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def continuation(folder, ids, new_tokens=NEW_TOKENS):
+    """The greedy text after ids, the plain way: the whole text through the model for each new token."""
+    llama = model.Llama.from_pretrained(folder)
+    tokenizer, new = model.load_tokenizer(folder), []
+    with torch.no_grad():
+        while len(new) < new_tokens:
+            token = int(llama(torch.tensor([ids + new]))[0, -1].argmax())
+            if token == SIZES["eos_token_id"]:
+                break
+            new.append(token)
+    return tokenizer.decode(new).strip()
+
+
+def edit(world, prompt, answer, descriptions):
+    """The edit as the paper has it: prompt, answer and objectives in the template, and what the aligner says next."""
+    text = (f"Improve the answer on these objectives: {'; '.join(descriptions)}\n\n"
+            f"Question: {prompt.strip()}\n\nAnswer: {answer}\n\nEdited answer:")
+    tokenizer = model.load_tokenizer(world / "aligner")
+    return continuation(world / "aligner", [0] + tokenizer.encode(text).ids)
+
+
+HARMLESS = data.OBJECTIVES["harmless"].description
+TOLD = [HARMLESS, "The response should be short."]
+
+
+@pytest.fixture(scope="module")
+def aligned(world, tmp_path_factory):
+    """answers.jsonl, aligned without interruption."""
+    out = tmp_path_factory.mktemp("aligned") / "aligned.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, command(world, out)) == 0
+    return out
+
+
+# ----------------------------------------------------------------------------- what comes out
+
+
+def test_edits_are_those_of_a_plain_reference(world, aligned):
+    rows, sources = read(aligned), read(world / "answers.jsonl")
+    assert len(rows) == len(sources) == 9 and len({row["aligned"] for row in rows}) > 5  # noise, but not all the same
+    for row, source in zip(rows, sources):
+        answer = source["responses"][0]["text"]
+        assert row == {"prompt": source["prompt"], "original": answer, "golden": source["golden"],
+                       "aligned": edit(world, source["prompt"], answer, TOLD),
+                       "objectives": [f"harmless: {HARMLESS}", BRIEF]}
+    assert sorted(path.name for path in aligned.parent.iterdir()) == ["aligned.jsonl"]
+
+
+def test_two_rounds_are_one_after_the_other(world, aligned, tmp_path, monkeypatch):
+    assert run(monkeypatch, command(world, tmp_path / "twice.jsonl", "--rounds", 2)) == 0
+    once, twice = read(aligned), read(tmp_path / "twice.jsonl")
+    assert [row["original"] for row in twice] == [row["original"] for row in once]
+    assert [row["aligned"] for row in twice] == [edit(world, row["prompt"], row["aligned"], TOLD) for row in once]
+
+
+def test_csv_says_what_jsonl_says(world, aligned, tmp_path, monkeypatch):
+    assert run(monkeypatch, command(world, tmp_path / "aligned.csv")) == 0
+    with open(tmp_path / "aligned.csv", encoding="utf-8", newline="") as file:
+        rows = [{**row, "objectives": row["objectives"].split(" | ")} for row in csv.DictReader(file)]
+    assert rows == read(aligned)
+
+
+def test_csv_survives_quotes_line_ends_and_backslashes(tmp_path):
+    row = {"prompt": 'a "b", c\n\nd', "original": "\\_ \\", "aligned": "one\r\ntwo\u2028",
+           "objectives": ["A: b", "C: d"]}
+    align.write_rows(tmp_path / "out.csv", [row])
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == [{**row, "objectives": "A: b | C: d", "golden": ""}]
+
+
+def test_objectives_reach_the_prompt_in_the_given_order(world, tmp_path, monkeypatch):
+    """Known ones, ones from a file and new ones; each as its description."""
+    (tmp_path / "mine.json").write_text('{"rhyme": "every line should rhyme", "salt": "mention salt"}')
+    seen, encode = [], align.Writer.encode
+    monkeypatch.setattr(align.Writer, "encode",
+                        lambda self, text, *rest: seen.append(text) or encode(self, text, *rest))
+    names = [BRIEF, str(tmp_path / "mine.json"), "Humour", "Cats: Speak of cats"]
+    assert run(monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 2, objectives=names)) == 0
+    told = ["The response should be short.", "every line should rhyme", "mention salt",
+            data.OBJECTIVES["humour"].description, "Speak of cats"]
+    assert len(seen) == 2 and all(f"objectives: {'; '.join(told)}\n\n" in text for text in seen)
+    labels = ["Brevity", "rhyme", "salt", "humour", "Cats"]
+    assert read(tmp_path / "out.jsonl")[0]["objectives"] == [f"{name}: {text}" for name, text in zip(labels, told)]
+    seen.clear()
+    assert run(monkeypatch, command(world, tmp_path / "2.jsonl", "--limit", 1, objectives=names[::-1])) == 0
+    assert "objectives: Speak of cats; " in seen[0]
+
+
+def test_another_template_is_used(world, tmp_path, monkeypatch):
+    template = {"better": "Make it {objectives}.\n{prompt}\n{answer}\nBetter:"}
+    (tmp_path / "template.json").write_text(json.dumps(template))
+    words = command(world, tmp_path / "out.jsonl", "--limit", 1, "--template", tmp_path / "template.json")
+    assert run(monkeypatch, words) == 0
+    row, = read(tmp_path / "out.jsonl")
+    text = f"Make it {'; '.join(TOLD)}.\n{row['prompt'].strip()}\n{row['original']}\nBetter:"
+    ids = [0] + model.load_tokenizer(world / "aligner").encode(text).ids
+    assert row["aligned"] == continuation(world / "aligner", ids)
+
+
+def test_limit(world, aligned, tmp_path, monkeypatch):
+    assert run(monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 3)) == 0
+    assert read(tmp_path / "out.jsonl") == read(aligned)[:3]
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_path, monkeypatch):
+    texts = {}
+    for name, batch, seed in (("a", 1, 7), ("b", 4, 7), ("c", 9, 7), ("d", 4, 8)):
+        words = command(world, tmp_path / name, "--temperature", 1, "--seed", seed, "--batch", batch)
+        assert run(monkeypatch, words) == 0
+        texts[name] = [row["aligned"] for row in read(tmp_path / name)]
+    assert texts["a"] == texts["b"] == texts["c"] != texts["d"]
+    assert texts["a"] != [row["aligned"] for row in read(aligned)]
+
+
+def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypatch):
+    data.write_jsonl(tmp_path / "two.jsonl", toy.rated(2, 5, responses=2))
+    words = command(world, tmp_path / "out.jsonl", "--limit", 6)
+    words.insert(words.index("--data") + 1, str(tmp_path / "two.jsonl"))
+    assert run(monkeypatch, words) == 0
+    expected = [r["text"] for row in read(tmp_path / "two.jsonl") + read(world / "answers.jsonl")
+                for r in row["responses"]]
+    assert [row["original"] for row in read(tmp_path / "out.jsonl")] == expected[:6]
+
+
+# ----------------------------------------------------------------------------- too long
+
+
+@pytest.mark.parametrize("length", [4_000, 100_000])
+def test_an_answer_too_long_is_left_as_it_is(world, tmp_path, monkeypatch, capsys, length):
+    answer = ("a very long answer " * length)[:length - 1] + "."
+    rows = [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [{"text": text}]} for text in ("Short.", answer)]
+    data.write_jsonl(tmp_path / "in.jsonl", rows)
+    for rounds in (1, 2):
+        words = command(world, tmp_path / "out.jsonl", "--rounds", rounds)
+        words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
+        assert run(monkeypatch, words) == 0
+        short, long = read(tmp_path / "out.jsonl")
+        assert long["aligned"] == long["original"] == answer and "left_as_is" not in long
+        assert short["aligned"] != short["original"]
+        printed = capsys.readouterr().out
+        assert "left as they were: 1 answers" in printed and "2 answers, 1 changed" in printed
+
+
+def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
+    turns = "".join(f"\n\nHuman: Tell me more about {n}\n\nAssistant: It is a number." for n in range(100))
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
+                                              "responses": [{"text": "Now you know."}]}])
+    lengths, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda llama, prompts, *rest, **more:
+                        lengths.extend(prompts) or generate(llama, prompts, *rest, **more))
+    words = command(world, tmp_path / "out.jsonl")
+    words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
+    assert run(monkeypatch, words) == 0
+    text = model.load_tokenizer(world / "aligner").decode(lengths[0])
+    assert 300 < len(lengths[0]) <= SIZES["max_position_embeddings"] - NEW_TOKENS
+    assert text.startswith(f"Improve the answer on these objectives: {'; '.join(TOLD)}\n\nQuestion: ")
+    assert text.endswith("Human: And now?\n\nAssistant:\n\nAnswer: Now you know.\n\nEdited answer:")
+    assert "about 99" in text and "about 10\n" not in text
+    assert read(tmp_path / "out.jsonl")[0]["prompt"].startswith(turns)
+
+
+# ----------------------------------------------------------------------------- prompts without answers
+
+
+def test_a_llama_policy_answers_first(world, tmp_path, monkeypatch):
+    words = command(world, tmp_path / "out.jsonl", "--policy", world / "policy", "--limit", 5, source="prompts.jsonl")
+    assert run(monkeypatch, words) == 0
+    tokenizer = model.load_tokenizer(world / "policy")
+    for row, source in zip(read(tmp_path / "out.jsonl"), read(world / "prompts.jsonl")):
+        answer = continuation(world / "policy", [0] + tokenizer.encode(source["prompt"]).ids)
+        assert row["original"] == answer.split("\n\nHuman:")[0].strip()
+        assert row["aligned"] == edit(world, source["prompt"], row["original"], TOLD) and "golden" not in row
+
+
+def test_a_server_answers_first(world, tmp_path, monkeypatch):
+    server = toy.serve()
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"\n\nHuman: How do I {task}?\n\nAssistant:"}
+                                             for task in toy.TASKS[:4]])
+    words = command(world, tmp_path / "out.jsonl", "--policy", server.url)
+    words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
+    try:
+        assert run(monkeypatch, words) == 0
+    finally:
+        server.shutdown()
+    rows = read(tmp_path / "out.jsonl")
+    assert len(rows) == 4 and all(row["original"] for row in rows)
+    helpful = [toy.score("helpful", row["prompt"], row["original"]) for row in rows]
+    assert sum(value > 0 for value in helpful) > 1  # the answers are to their own questions
+    for row in rows:
+        assert toy.score("intact", row["prompt"], row["original"]) == 0
+        assert row["aligned"] == edit(world, row["prompt"], row["original"], TOLD)
+
+
+def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, capsys):
+    refused(monkeypatch, capsys, command(world, tmp_path / "out.jsonl", source="prompts.jsonl"),
+            "9 prompts have no answer", "--policy")
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- killed, and run again
+
+KILLED = """
+import os, signal, sys
+import align
+count = int(sys.argv.pop(1))
+add, done = align.Journal.add, 0
+
+def dying(journal, rows):
+    global done
+    add(journal, rows)
+    done += 1
+    if done == count:
+        os.write(journal.file.fileno(), b'{"index": 8, "prompt": "a torn li')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+align.Journal.add = dying
+align.main()
+"""
+
+
+def killed(words, count):
+    """Run align.py in a process that is killed, with SIGKILL, in the middle of writing row count + 1."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(count), *words], capture_output=True, env=environment,
+                           timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+
+def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "aligned.jsonl"
+    killed(command(world, out), 5)
+    assert not out.exists() and (tmp_path / "aligned.jsonl.part").exists()
+    edited, in_batches = [], align.Writer.in_batches
+    monkeypatch.setattr(align.Writer, "in_batches", lambda self, prompts, *rest, **more:
+                        edited.extend(prompts) or in_batches(self, prompts, *rest, **more))
+    for words, setting in ((command(world, out, objectives=["helpful"]), "objectives"),
+                           (command(world, out, "--seed", 1), "seed"), (command(world, out, "--rounds", 2), "rounds"),
+                           (command(world, out, "--limit", 8), "data")):
+        before = (tmp_path / "aligned.jsonl.part").read_bytes()
+        refused(monkeypatch, capsys, words, "aligned.jsonl.part", "other settings", "delete it")
+        assert (tmp_path / "aligned.jsonl.part").read_bytes() == before, setting
+    assert run(monkeypatch, command(world, out)) == 0
+    assert out.read_bytes() == aligned.read_bytes() and len(edited) == 4  # of nine
+    assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
+
+
+@pytest.mark.parametrize("count", [3, 9, 12])
+def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch, count):
+    """Killed among the policy's answers, right after them, and among the edits."""
+    words = ["--policy", world / "policy", "--temperature", 1]
+    assert run(monkeypatch, command(world, tmp_path / "whole", *words, source="prompts.jsonl")) == 0
+    words = command(world, tmp_path / "out", *words, source="prompts.jsonl")
+    killed(words, count)
+    sizes, in_batches = [], align.Writer.in_batches
+    monkeypatch.setattr(align.Writer, "in_batches", lambda self, prompts, *rest, **more:
+                        sizes.append(len(prompts)) or in_batches(self, prompts, *rest, **more))
+    assert run(monkeypatch, words) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
+
+
+def test_a_torn_line_is_cut_off_and_the_next_begins_afresh(tmp_path):
+    """Also when the second run is killed in its turn."""
+    for number in range(3):
+        journal = align.Journal(tmp_path / "out", "run")
+        assert sorted(journal.rows) == list(range(number))
+        journal.add([{"index": number}])
+        with open(tmp_path / "out.part", "ab") as file:
+            file.write(b'{"index": 9, "aligned": "caf\xc3')
+    assert (tmp_path / "out.part").read_bytes().count(b"caf") == 1
+
+
+def test_journal_keeps_any_text(tmp_path):
+    """Also line separators that JSON leaves as they are, and half a surrogate pair."""
+    rows = [{"index": n, "aligned": text} for n, text in enumerate(["a\u2028b\x85c\x1cd", "\n", "é\x00", ""])]
+    align.Journal(tmp_path / "out", "run").add(rows)
+    assert list(align.Journal(tmp_path / "out", "run").rows.values()) == rows
+    journal = align.Journal(tmp_path / "out", "run")
+    journal.add([{"index": 4, "aligned": "\ud800"}, {"index": 0, "left_as_is": True}])
+    again = align.Journal(tmp_path / "out", "run").rows
+    assert again[4]["aligned"] == "?" and again[0] == {**rows[0], "left_as_is": True}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run": "ot', b'{"run": "other"}\n', b'{"run": "other"}\n{"index": 0, "al'])
+def test_a_journal_without_a_row_is_begun_again(tmp_path, content):
+    (tmp_path / "out.part").write_bytes(content)
+    journal = align.Journal(tmp_path / "out", "run")
+    journal.add([{"index": 0, "aligned": "a"}])
+    assert read(tmp_path / "out.part") == [{"run": "run"}, {"index": 0, "aligned": "a"}]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n\n", b"[1]\n[2]\n", b"my notes\nof today\n", b"my notes"])
+def test_a_part_file_of_something_else_is_left_alone(tmp_path, content):
+    (tmp_path / "out.part").write_bytes(content)
+    with pytest.raises(UserError, match="out.part: is not the unfinished output"):
+        align.Journal(tmp_path / "out", "run")
+    assert (tmp_path / "out.part").read_bytes() == content
+
+
+# ----------------------------------------------------------------------------- interactive
+
+
+def test_interactive_shows_the_edit(world, monkeypatch, capsys):
+    question, answer = "How do I boil an egg?", "Boil the egg."
+    lines = [question, answer, f"{BRIEF} ; humour", question, answer, "humor", question, answer, "", ""]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    words = ["--model", world / "aligner", "--interactive", "--device", "cpu", "--max-new-tokens", NEW_TOKENS]
+    assert run(monkeypatch, words) == 0
+    shown = capsys.readouterr()
+    assert "unknown objective 'humor'" in shown.err and "humour" in shown.err  # said, and asked again
+    dialogue = f"\n\nHuman: {question}\n\nAssistant:"
+    expected = [edit(world, dialogue, answer, descriptions) for descriptions in (
+        ["The response should be short.", data.OBJECTIVES["humour"].description],
+        [HARMLESS, data.OBJECTIVES["helpful"].description])]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.out)
+    for word in answer.split() + " ".join(expected).split():
+        assert word in plain
+    assert "\x1b[" in shown.out
+
+
+def test_interactive_ends_with_its_input_and_says_what_is_too_long(world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?\n" + "word " * 20_000 + "\n\n"))
+    assert run(monkeypatch, ["--model", world / "aligner", "--interactive", "--device", "cpu"]) == 0
+    assert "too long for the aligner's context" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- real files, and bad ones
+
+
+def test_outputs_find_their_queries(world, shared, tmp_path, monkeypatch):
+    folder = shared / "data" / "outputs" / "imhi"
+    words = command(world, tmp_path / "out.jsonl", "--limit", 4)
+    words[words.index("--data") + 1] = str(folder / "Mentallama-7B.DR.csv")
+    assert run(monkeypatch, words) == 0
+    csv.field_size_limit(10**9)
+    with open(folder / "queries.DR.csv", encoding="utf-8", newline="") as file:
+        queries = [row["query"] for row in csv.DictReader(file, escapechar="\\")][:4]
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in rows] == queries and all(row["golden"] for row in rows)
+
+
+def test_the_published_outputs_are_read(world, shared, tmp_path, monkeypatch):
+    words = command(world, tmp_path / "out.csv", "--limit", 6)
+    words[words.index("--data") + 1] = str(shared / "data" / "outputs" / "hh-rlhf" / "Claude-3.csv")
+    assert run(monkeypatch, words) == 0
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and all(row["prompt"] and row["original"] and row["golden"] for row in rows)
+
+
+def test_help_comes_at_once():
+    code = ("import runpy, sys\nsys.argv = ['align.py', '--help']\n"
+            "try:\n    runpy.run_path('align.py', None, '__main__')\n"
+            "except SystemExit as stop:\n    assert not stop.code and 'torch' not in sys.modules, 'slow'\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    for text in ("--policy FOLDER_OR_URL", "--rounds", "--interactive", "(default 1024)"):
+        assert text in " ".join(ended.stdout.split())
+
+
+def damaged(world, folder):
+    """(what to change in the command, what the message must say)"""
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "responses": []}\n{"prompt"\n')
+    (folder / "columns.csv").write_text("question,reply\na,b\n")
+    (folder / "bytes.csv").write_bytes(b"query,generated_text\ncaf\xe9,b\n")
+    (folder / "template.json").write_text('{"better": "{prompt} {answer}"}')
+    (folder / "header").mkdir()
+    for file in (world / "aligner").iterdir():
+        (folder / "header" / file.name).write_bytes(file.read_bytes())
+    (folder / "header" / "model.safetensors").write_bytes(b"\x08" + b"\x00" * 7 + b"not json")
+    return [({"--data": "empty.jsonl"}, ["empty.jsonl", "no data"]),
+            ({"--data": "broken.jsonl"}, ["broken.jsonl:2", "invalid JSON"]),
+            ({"--data": "columns.csv"}, ["columns.csv:2", "no known format"]),
+            ({"--data": "bytes.csv"}, ["bytes.csv:2", "not UTF-8"]),
+            ({"--data": "absent.csv"}, ["absent.csv", "no such file"]),
+            ({"--template": "template.json"}, ["template.json", "objectives"]),
+            ({"--model": "header"}, ["model.safetensors", "not a readable checkpoint"]),
+            ({"--model": "absent"}, ["absent", "no such folder"]),
+            ({"--objectives": "helpfull"}, ["unknown objective 'helpfull'", "helpful"]),
+            ({"--device": "abacus"}, ["--device abacus"]),
+            ({"--limit": "0"}, ["--limit"]), ({"--rounds": "0"}, ["--rounds"]),
+            ({"--temperature": "-1"}, ["--temperature"]), ({"--temperature": "nan"}, ["--temperature"]),
+            ({"--out": "header"}, ["header", "no ordinary file"])]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, capsys):
+    cases = damaged(world, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for changes, expected in cases:
+        words = command(world, tmp_path / "out.jsonl", objectives=["harmless"])
+        for flag, value in changes.items():
+            path = flag in ("--data", "--template", "--model", "--out")
+            words += [flag, str(tmp_path / value) if path else value]  # the last one counts
+        refused(monkeypatch, capsys, words, *expected)
+        assert sorted(tmp_path.rglob("*")) == before, changes
+
+
+def test_an_input_is_not_overwritten(world, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes((world / "answers.jsonl").read_bytes())
+    words = command(world, source)
+    words[words.index("--data") + 1] = str(source)
+    refused(monkeypatch, capsys, words, "is an input too")
+    assert source.read_bytes() == (world / "answers.jsonl").read_bytes()
+
+
+def test_the_exit_status_of_the_script(world, tmp_path):
+    """The same through a shell's eyes."""
+    words = command(world, tmp_path / "out.jsonl", source="prompts.jsonl")
+    ended = subprocess.run([sys.executable, ROOT / "align.py", *words], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("error: ")

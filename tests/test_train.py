@@ -1,0 +1,552 @@
+"""The training loop: its parts against figures worked out by hand, and whole runs against interrupted ones."""
+import gzip
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+import toy
+import train
+from data import UserError
+from train import Batch, Options, Stage
+
+ROOT = Path(__file__).parents[1]
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
+FAST = Options(lr=3e-3, batch=4, max_tokens=512, val_share=0.2, val_every=3, epochs=1.0, precision="fp32", warmup=0.2)
+
+
+def tiny(vocab_size=64, seed=0, **changes):
+    return model.Llama(model.Config(vocab_size=vocab_size, **{**SIZES, **changes}), seed)
+
+
+def random_examples(count, seed=0, longest=20):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
+    return [(array("i", torch.randint(2, 64, (n,), generator=generator).tolist()), n // 2) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with "init" (no weights), "base" (a tiny Llama), texts.jsonl, rated.jsonl and pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    texts = list(toy.pretraining_texts(60, 0))
+    tokenizer = toy.train_tokenizer(texts, 1200)
+    llama = tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True)
+    for name in ("init", "base"):
+        llama.save_pretrained(folder / name)
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+    (folder / "init" / "model.safetensors").unlink()
+    objectives = [toy.OBJECTIVES[name] for name in toy.NAMED]
+    data.write_jsonl(folder / "texts.jsonl", ({"text": text} for text in texts))
+    data.write_jsonl(folder / "rated.jsonl", toy.rated(12, 1, responses=3))
+    data.write_jsonl(folder / "pairs.jsonl", data.reformulate(data.read_rated(folder / "rated.jsonl"), objectives))
+    return folder
+
+
+def command(world, stage="aligner", out="out", model_folder="base", **changes):
+    """The words of a command line for a run of a few seconds."""
+    files = {"pretrain": "texts.jsonl", "sft": "rated.jsonl", "aligner": "pairs.jsonl"}
+    settings = {"lr": 3e-3, "batch": 4, "max-steps": 4, "val-share": 0.2, "val-every": 3, "save-seconds": 0,
+                "warmup-data": 1.0, "device": "cpu", **changes}
+    words = [stage, "--model", world / model_folder, "--data", world / files[stage], "--out", out]
+    words += [word for name, value in settings.items() for word in (f"--{name}", value)]
+    return [str(word) for word in words]
+
+
+def run(monkeypatch, words):
+    """train.py in this process; gives its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    try:
+        data.cli(train.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def refused(monkeypatch, capsys, words, *expected):
+    """Asserts that a command ends with status 2 and one line that says all that is expected."""
+    capsys.readouterr()
+    assert run(monkeypatch, words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(text in message for text in expected), message
+    return message
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def weights(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+# ----------------------------------------------------------------------------- the parts, by hand
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    options = Options(lr=8.0, warmup=0.2)
+    rates = [train.learning_rate(step, 10, options) for step in range(10)]
+    cosine = [4 * (1 + math.cos(math.pi * part / 8)) for part in range(8)]
+    assert rates == pytest.approx([4.0, 8.0, *cosine])
+    assert rates[6] == pytest.approx(4.0)  # half-way down
+    assert [train.learning_rate(step, 1, options) for step in range(1)] == [8.0]
+    assert train.learning_rate(0, 100, Options(lr=1.0, warmup=0.05)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("count, batch", [(12, 4), (10, 4), (3, 8)])
+def test_each_epoch_covers_every_example_once(count, batch):
+    stage, options = Stage("s", random_examples(count)), Options(batch=batch, seed=3)
+    drawn = [id(ids) for step in range(3 * count) for ids, _ in train.examples_of(stage, step, options)]
+    everything = sorted(id(ids) for ids, _ in stage.examples)
+    epochs = [drawn[start:start + count] for start in range(0, len(drawn), count)]
+    assert len(epochs) == 3 * batch and all(sorted(epoch) == everything for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1  # in another order each time
+
+
+def test_examples_depend_on_seed_and_step_alone():
+    stage = Stage("s", random_examples(30), replay=random_examples(9, 1), replay_share=0.25)
+    first = [train.examples_of(stage, step, Options(batch=8)) for step in range(6)]
+    torch.manual_seed(99)
+    assert train.examples_of(stage, 4, Options(batch=8)) == first[4]
+    assert train.examples_of(stage, 4, Options(batch=8, seed=1)) != first[4]
+    replayed = {id(ids) for ids, _ in stage.replay}
+    assert [sum(id(ids) in replayed for ids, _ in examples) for examples in first] == [2] * 6
+
+
+def test_pack_keeps_to_the_budget_and_loses_nothing():
+    examples = random_examples(40) + [(array("i", range(2, 62)), 7)]  # one longer than the budget
+    batches = list(train.pack(examples, 50, "cpu"))
+    for batch in batches:
+        assert len(batch.tokens) == len(batch.targets) == sum(batch.lengths)
+        assert len(batch.tokens) <= 50 or len(batch.lengths) == 1
+    parts = [part.tolist() for batch in batches for part in batch.tokens.split(batch.lengths)]
+    assert sorted(parts) == sorted(ids.tolist() for ids, _ in examples)
+
+
+def test_targets_are_the_completions_and_never_a_first_token():
+    batch, = train.pack([([5, 6, 7, 8], 2), ([9, 10, 11], 0)], 100, "cpu")
+    assert batch.tokens.tolist() == [9, 10, 11, 5, 6, 7, 8] and batch.lengths == [3, 4]
+    assert batch.targets.tolist() == [False, True, True, False, False, True, True]
+
+
+def test_cross_entropy_is_that_of_a_padded_batch():
+    """Values and gradients against torch's own, on rows padded at the right, with ignore_index."""
+    llama, examples = tiny(), random_examples(7)
+    batch, = train.pack(examples, 10_000, "cpu")
+    loss = train.cross_entropy(llama, batch)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    llama.zero_grad()
+    longest = max(len(ids) for ids, _ in examples)
+    tokens, labels = torch.zeros(7, longest, dtype=torch.long), torch.full((7, longest), -100)
+    for row, (ids, n_prompt) in enumerate(examples):
+        tokens[row, :len(ids)] = torch.tensor(list(ids))
+        labels[row, n_prompt:len(ids)] = torch.tensor(list(ids[n_prompt:]))
+    expected = F.cross_entropy(llama(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100,
+                               reduction="sum")
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in llama.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_add_up_to_one_batch(tmp_path, world):
+    """The same steps whatever the accumulation: same losses, gradient norms and weights, to rounding."""
+    tokenizer, results = model.load_tokenizer(world / "base"), []
+    for number, micro_tokens in enumerate((10_000, 40, 1)):
+        llama, stage = tiny(), Stage("pretrain", random_examples(12), random_examples(4, 1))
+        options = Options(**{**vars(FAST), "micro_tokens": micro_tokens})
+        rows = train.train(llama, tokenizer, [stage], tmp_path / str(number), options, progress=False)
+        assert len({len(list(train.pack(stage.examples, n, "cpu"))) for n in (10_000, 40, 1)}) == 3
+        results.append(([row.get("loss", row.get("val_loss")) for row in rows],
+                        [row["grad_norm"] for row in rows if "loss" in row], llama.state_dict()))
+    for losses, norms, state in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5) and norms == pytest.approx(results[0][1], rel=1e-4)
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- the data of the steps
+
+
+def test_identity_rows_ask_for_the_answer_itself(world):
+    rows = train.identity_rows([world / "pairs.jsonl"], share=1.0)
+    assert len(rows) > 20 and all(row["relation"] == "equal" for row in rows)
+    for row in rows:
+        assert row["completion"] and row["prompt"].endswith(f"Answer: {row['completion']}\n\nEdited answer:")
+    part = train.identity_rows([world / "pairs.jsonl"], seed=1, share=0.25)
+    assert len(part) == math.ceil(0.25 * len(rows)) and all(row in rows for row in part)
+    assert part != train.identity_rows([world / "pairs.jsonl"], seed=2, share=0.25)
+
+
+def test_each_step_has_its_own_pairs(world):
+    pairs = list(data.read_pairs(world / "pairs.jsonl"))
+    equal, better = train.equal_rows([world / "pairs.jsonl"]), train.better_rows([world / "pairs.jsonl"])
+    assert len(equal) + len(better) == len(pairs) and {row["relation"] for row in better} == {"better"}
+    partner = train.partner_rows([world / "pairs.jsonl"], share=0.5)
+    assert all(row in equal for row in partner) and len(partner) == math.ceil(len(equal) / 2)
+
+
+def test_no_held_out_prompt_is_trained_on(world):
+    tokenizer, rows = model.load_tokenizer(world / "base"), train.better_rows([world / "pairs.jsonl"])
+    stage = train.prepare("better", rows, tokenizer, model.Config(**SIZES), FAST)
+    questions = [row["prompt"] for row in data.read_rated(world / "rated.jsonl")]
+
+    def asked(examples):
+        texts = [tokenizer.decode(ids) for ids, _ in examples]
+        return {question for question in questions if any(question.strip() in text for text in texts)}
+    assert stage.examples and stage.held_out and len(stage.examples) + len(stage.held_out) == len(rows)
+    assert asked(stage.examples) and asked(stage.held_out) and not asked(stage.examples) & asked(stage.held_out)
+
+
+def test_examples_end_within_the_models_context(world, capsys):
+    tokenizer = model.load_tokenizer(world / "base")
+    rows = [{"prompt": "", "completion": "water " * count} for count in (5, 2000)]
+    stage = train.prepare("pretrain", rows, tokenizer, model.Config(**SIZES), Options(val_share=0.0))
+    assert len(stage.examples) == 1 and "1 of 2 examples left out: over 512 tokens" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """An aligner trained without interruption by the command line, in bf16."""
+    out = tmp_path_factory.mktemp("finished") / "aligner"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, command(world, out=out)) == 0
+    return out
+
+
+def test_metrics_have_a_row_per_step_and_per_validation(finished):
+    rows = metrics(finished)
+    expected = [(name, kind, step) for name in ("identity", "equal", "better")
+                for kind, step in (("val", 0), ("step", 1), ("step", 2), ("step", 3), ("val", 3), ("step", 4),
+                                   ("val", 4))]
+    assert [(row["stage"], "val" if "val_loss" in row else "step", row["step"]) for row in rows] == expected
+    for row in rows:
+        keys = {"stage", "step", "val_loss"} if "val_loss" in row else \
+            {"stage", "step", "loss", "lr", "grad_norm", "tokens", "seconds"}
+        assert set(row) == keys and all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+    for name in ("identity", "equal", "better"):  # tokens and seconds are counted from the stage's beginning
+        of_stage = [row for row in rows if row["stage"] == name and "loss" in row]
+        assert all(a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"] for a, b in zip(of_stage, of_stage[1:]))
+        assert of_stage[0]["lr"] == pytest.approx(3e-3)  # one step of warm-up
+
+
+def test_tokens_are_real_ones(world, finished):
+    """Counted here by the tokenizer alone: prompt, completion, BOS and EOS of the examples that were drawn."""
+    tokenizer, options = model.load_tokenizer(world / "base"), Options(batch=4, val_share=0.2, max_tokens=4096)
+    rows = train.better_rows([world / "pairs.jsonl"])
+    stage = train.prepare("better", rows, tokenizer, model.Config(**SIZES), options)
+    length = {}
+    for row in rows:
+        ids = [tokenizer.encode(row[key]).ids for key in ("prompt", "completion")]
+        length[tuple(ids[0] + ids[1])] = len(ids[0]) + len(ids[1]) + 2
+    drawn = [sum(length[tuple(ids[1:-1])] for ids, _ in train.examples_of(stage, step, options)) for step in range(4)]
+    counted = [row["tokens"] for row in metrics(finished) if row["stage"] == "better" and "loss" in row]
+    assert counted == [sum(drawn[:n + 1]) for n in range(4)]
+
+
+def test_a_trained_model_is_an_ordinary_folder(world, finished):
+    llama = model.Llama.from_pretrained(finished)
+    tokenizer, before = model.load_tokenizer(finished, llama), model.Llama.from_pretrained(world / "base")
+    assert tokenizer.to_str() == model.load_tokenizer(world / "base").to_str()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in llama.parameters())
+    assert not torch.equal(llama.lm_head.weight, before.lm_head.weight)
+    assert sorted(path.name for path in finished.iterdir()) == \
+        ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json"]
+
+
+def test_autocast_computes_in_bf16_over_fp32_weights(world, tmp_path, finished):
+    seen = Counter()
+
+    def spy(llama, batch):
+        hook = llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda *a: seen.update([a[2].dtype]))
+        loss = train.cross_entropy(llama, batch)
+        hook.remove()
+        return loss
+    tokenizer = model.load_tokenizer(world / "base")
+    losses = {}
+    for precision in ("bf16", "fp32"):
+        llama = tiny()
+        stage = Stage("pretrain", random_examples(8), random_examples(4, 1), loss=spy)
+        options = Options(**{**vars(FAST), "precision": precision})
+        rows = train.train(llama, tokenizer, [stage], tmp_path / precision, options, progress=False)
+        losses[precision] = [row["val_loss"] for row in rows if "val_loss" in row]
+        assert {p.dtype for p in llama.parameters()} == {torch.float32}
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        seen.clear()
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02) and losses["bf16"] != losses["fp32"]
+
+
+def test_activation_checkpointing_changes_nothing(world, tmp_path):
+    runs = []
+    for again in (False, True):
+        options, llama = Options(**{**vars(FAST), "checkpoint_activations": again}), tiny()
+        calls = Counter()
+        llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
+        rows = train.train(llama, model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(12))],
+                           tmp_path / str(again), options, progress=False)
+        runs.append((timeless(rows), calls["mlp"]))
+    assert runs[0][0] == runs[1][0] and (runs[0][1], runs[1][1]) == (3, 6)  # each block is computed twice
+
+
+def test_training_learns(world, tmp_path):
+    """Over and over the same few examples: their loss goes to nearly nothing."""
+    options = Options(lr=1e-2, batch=4, epochs=60.0, val_share=0.0, precision="bf16")
+    rows = train.train(tiny(), model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(4))],
+                       tmp_path / "out", options, progress=False)
+    assert rows[0]["loss"] > 3.5 and rows[-1]["loss"] < 0.2
+
+
+@pytest.mark.parametrize("left_out", ["identity", "equal", "better"])
+def test_each_step_of_the_aligner_can_be_left_out(world, tmp_path, monkeypatch, left_out):
+    steps = [name for name in ("identity", "equal", "better") if name != left_out]
+    words = command(world, out=tmp_path / "out", **{"max-steps": 1}) + ["--steps", *steps]
+    assert run(monkeypatch, words) == 0
+    assert list(dict.fromkeys(row["stage"] for row in metrics(tmp_path / "out"))) == steps
+
+
+def test_pairs_without_equal_ones_train_the_last_step(world, tmp_path, monkeypatch, capsys):
+    """Two answers to a prompt, one of them better at one thing, as in HH-RLHF."""
+    better = train.better_rows([world / "pairs.jsonl"])
+    data.write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in better])
+    words = command(world, out=tmp_path / "out", **{"max-steps": 1})
+    words[words.index("--data") + 1] = str(tmp_path / "pairs.jsonl")
+    assert run(monkeypatch, words) == 0
+    assert "identity: no such pairs in the data, step left out" in capsys.readouterr().out
+    assert {row["stage"] for row in metrics(tmp_path / "out")} == {"better"}
+
+
+@pytest.mark.parametrize("stage, folder", [("pretrain", "init"), ("pretrain", "base"), ("sft", "base")])
+def test_the_other_stages(world, tmp_path, monkeypatch, stage, folder):
+    words = command(world, stage, tmp_path / "out", folder, epochs=2, **{"max-steps": 0})
+    assert run(monkeypatch, words) == 0
+    rows = [row for row in metrics(tmp_path / "out") if "loss" in row]
+    source = "texts.jsonl" if stage == "pretrain" else "rated.jsonl"
+    options = Options(val_share=0.2)
+    texts = train.STAGES[stage][0]([world / source])
+    kept = sum(not data.held_out(row, options.val_share, 0) for row in texts)
+    assert len(rows) == math.ceil(2 * kept / 4) and rows[-1]["loss"] < rows[0]["loss"]
+    model.Llama.from_pretrained(tmp_path / "out")
+
+
+def test_sft_takes_the_best_answer(world):
+    for row, rated in zip(train.sft_rows([world / "rated.jsonl"]), data.read_rated(world / "rated.jsonl")):
+        sums = {response["text"]: sum(response["scores"].values()) for response in rated["responses"]}
+        assert sums[row["completion"]] == max(sums.values())
+
+
+# ----------------------------------------------------------------------------- killed and resumed
+
+KILLED = """
+import os, signal, sys
+import train
+count, where = int(sys.argv.pop(1)), sys.argv.pop(1)
+write_row, save = train.write_row, train.torch.save
+rows = 0
+
+def dying_write(metrics, row):
+    global rows
+    write_row(metrics, row)
+    rows += 1
+    if rows == count and where == "row":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_save(state, path):
+    save(state, path)
+    if rows >= count and where == "save":
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.write_row, train.torch.save = dying_write, dying_save
+train.main()
+"""
+
+
+def killed(words, count, where):
+    """Run train.py in a process that is killed, with SIGKILL, at its count-th row of metrics, or while it saves."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(count), where, *words], capture_output=True,
+                           env=environment, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+
+@pytest.mark.parametrize("count, where", [(2, "row"), (10, "row"), (10, "save"), (14, "row")])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch, finished, count, where):
+    """At the first step; in the middle of the second stage; there with half a state written; and between stages."""
+    words = command(world, out=tmp_path / "out")
+    killed(words, count, where)
+    assert not (tmp_path / "out" / "config.json").exists() and len(metrics(tmp_path / "out")) == count
+    assert (tmp_path / "out" / "state.pt").exists() == (count > 2)
+    assert (tmp_path / "out" / "state.pt.tmp").exists() == (where == "save")
+    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert timeless(metrics(tmp_path / "out")) == timeless(metrics(finished))
+    assert weights(tmp_path / "out") == weights(finished)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in finished.iterdir()}
+
+
+def test_a_resumed_run_repeats_no_step(world, tmp_path, monkeypatch, finished):
+    words = command(world, out=tmp_path / "out")
+    killed(words, 10, "row")
+    drawn, examples_of = [], train.examples_of
+    monkeypatch.setattr(train, "examples_of", lambda stage, step, options:
+                        drawn.append((stage.name, step)) or examples_of(stage, step, options))
+    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert drawn == [("equal", 1), ("equal", 2), ("equal", 3), *(("better", step) for step in range(4))]
+
+
+def test_other_settings_or_data_are_refused(world, tmp_path, monkeypatch, capsys):
+    killed(command(world, out=tmp_path / "out"), 10, "row")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for changes, name in (({"lr": 1e-3}, "lr"), ({"batch": 8}, "batch"), ({"seed": 1}, "seed"),
+                          ({"warmup-data": 0.5}, "data or steps"), ({"precision": "fp32"}, "precision")):
+        refused(monkeypatch, capsys, [*command(world, out=tmp_path / "out", **changes), "--resume"], "state.pt", name)
+    words = command(world, out=tmp_path / "out")
+    refused(monkeypatch, capsys, [*words, "--resume", "--steps", "equal", "better"], "data or steps")
+    tokenizer, wider = model.load_tokenizer(world / "base"), tmp_path / "wider"
+    tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True, intermediate_size=96).save_pretrained(wider)
+    tokenizer.save(str(wider / "tokenizer.json"))
+    refused(monkeypatch, capsys, [*command(world, out=tmp_path / "out", model_folder=wider), "--resume"], "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out" / "state.pt").write_bytes(before["state.pt"][:5000])
+    refused(monkeypatch, capsys, [*words, "--resume"], "state.pt", "cannot be read", "delete it")
+
+
+def test_a_finished_run_says_so(world, finished, monkeypatch, capsys):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()}
+    assert run(monkeypatch, [*command(world, out=finished), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()} == before
+
+
+def test_a_run_begun_anew_is_not_taken_for_the_finished_one_before(world, tmp_path, monkeypatch):
+    words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2})
+    assert run(monkeypatch, words) == 0
+    first = weights(tmp_path / "out")
+    changed = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2, "seed": 5})
+    killed(changed, 2, "row")
+    assert run(monkeypatch, [*changed, "--resume"]) == 0
+    assert weights(tmp_path / "out") != first and len(metrics(tmp_path / "out")) == 4
+
+
+# ----------------------------------------------------------------------------- the command line, and bad input
+
+
+def test_help_comes_at_once():
+    """In far less time than torch takes to import, which it does not do."""
+    code = ("import runpy, sys\nsys.argv = ['train.py', '--help']\n"
+            "try:\n    runpy.run_path('train.py', None, '__main__')\n"
+            "except SystemExit as stop:\n    assert not stop.code and 'torch' not in sys.modules, 'slow'\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    for text in ("pretrain", "--resume", "--max-steps", "examples:", "(default 1e-05)", "(default 4096)"):
+        assert text in " ".join(ended.stdout.split())
+
+
+def test_defaults_are_the_papers():
+    defaults = vars(train.arguments(["aligner", "--model", "m", "--data", "d", "--out", "o"]))
+    expected = {"lr": 1e-5, "weight_decay": 1e-5, "warmup": 0.05, "epochs": 2.0, "batch": 512, "max_tokens": 4096,
+                "steps": ["identity", "equal", "better"], "precision": "bf16"}
+    assert {key: defaults[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--batch", "0"], "--batch"), (["--val-share", "1"], "--val-share"), (["--epochs", "nan"], "--epochs"),
+    (["--precision", "fp8"], "--precision"), (["--steps", "worse"], "--steps"), (["--micro-tokens", "-1"], "--micro"),
+])
+def test_impossible_settings_are_refused(world, tmp_path, monkeypatch, capsys, words, expected):
+    refused(monkeypatch, capsys, command(world, out=tmp_path / "out") + words, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(world, folder):
+    """(name, stage, what to change in the command, what the message must say)"""
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (folder / "columns.jsonl").write_text('{"question": "a"}\n')
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a text"}\n' * 99)[:40])
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b", "relation": "equal"}\n')
+    (folder / "none").mkdir()
+    for name in ("header", "vocabulary"):
+        (folder / name).mkdir()
+        for file in (world / "base").iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    (folder / "header" / "model.safetensors").write_bytes(b"\xff" * 100)
+    tokenizer = model.load_tokenizer(world / "base")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(folder / "vocabulary" / "tokenizer.json"))
+    return [("sft", {"--data": "empty.jsonl"}, ["empty.jsonl", "no data"]),
+            ("sft", {"--data": "broken.jsonl"}, ["broken.jsonl:2", "invalid JSON"]),
+            ("aligner", {"--data": "columns.jsonl"}, ["columns.jsonl:1", "no prompt and completion"]),
+            ("aligner", {"--data": "absent.jsonl"}, ["absent.jsonl", "no such file"]),
+            ("aligner", {"--data": "pairs.jsonl"}, ["pairs.jsonl", "answer", "reformulate"]),
+            ("pretrain", {"--data": "bytes.jsonl"}, ["bytes.jsonl:1", "not UTF-8"]),
+            ("pretrain", {"--data": "cut.jsonl.gz"}, ["cut.jsonl.gz", "gzip"]),
+            ("aligner", {"--model": "none"}, ["none", "no checkpoint"]),
+            ("pretrain", {"--model": "absent"}, ["absent", "no such folder"]),
+            ("aligner", {"--model": "header"}, ["model.safetensors", "not a readable checkpoint"]),
+            ("aligner", {"--model": "vocabulary"}, ["tokenizer.json", "token id", "embedding"]),
+            ("aligner", {"--device": "abacus"}, ["--device abacus"])]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, capsys):
+    for stage, changes, expected in damaged(world, tmp_path):
+        words = command(world, stage, tmp_path / "out")
+        for flag, value in changes.items():
+            words[words.index(flag) + 1] = str(tmp_path / value) if flag != "--device" else value
+        refused(monkeypatch, capsys, words, *expected)
+        assert not (tmp_path / "out").exists(), changes
+
+
+def test_the_model_to_start_from_is_not_overwritten(world, monkeypatch, capsys):
+    before = weights(world / "base")
+    refused(monkeypatch, capsys, command(world, out=world / "base"), "is the model to start from")
+    assert weights(world / "base") == before and not (world / "base" / "metrics.jsonl").exists()
+
+
+def test_no_example_left_is_an_error(world, tmp_path, monkeypatch, capsys):
+    words = command(world, out=tmp_path / "out", **{"max-tokens": 20})
+    refused(monkeypatch, capsys, words, "no example to train on", "--max-tokens")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path):
+    stage = Stage("pretrain", random_examples(8), loss=lambda *batch: train.cross_entropy(*batch) * math.nan)
+    with pytest.raises(UserError, match="the loss of step 1 is nan; lower --lr"):
+        train.train(tiny(), model.load_tokenizer(world / "base"), [stage], tmp_path / "out", FAST, progress=False)
+    assert metrics(tmp_path / "out") == [] and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("file, share, save_seconds", [("state.pt", 0.3, 0), ("model.safetensors", 0.5, 10_000)])
+def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
+    """A process that may write no file of more than a share of the weights' size stands in for a full disk."""
+    limit = int(share * os.path.getsize(world / "base" / "model.safetensors"))
+    code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+            "import data, train; data.cli(train.main)")
+    words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2, "save-seconds": save_seconds})
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    message = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and message.startswith("error: "), ended.stderr
+    assert re.search("disk full|space", message)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == \
+        ["metrics.jsonl"] + ["tokenizer.json"] * (file == "model.safetensors")
