@@ -255,7 +255,7 @@ def write_rows(path, rows):
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows({**row, "objectives": " | ".join(row["objectives"])} for row in rows)
-    model.write_whole(path, write)
+    data.write_whole(path, write)
 
 
 def interactive(aligner, args):

@@ -482,27 +482,37 @@ def read_texts(path):
             yield "".join(group).strip()
 
 
-def write_jsonl(path, rows):
-    """Write rows as JSON Lines, gzipped if the path ends in .gz; returns how many.
-
-    Written aside and then renamed: after any error, what was there before is still there, and nothing else.
-    """
+def write_whole(path, write):
+    """Call write(aside) and then rename aside to path: a reader never sees half a file, and after any error what was
+    there before is still there, and nothing else."""
     path, aside = Path(path), Path(f"{path}.tmp")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no ordinary file; choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open if path.suffix == ".gz" else open
-    count = 0
     try:
-        with opened(aside, "wt", encoding="utf-8", errors="replace", newline="\n") as file:
-            for count, row in enumerate(rows, 1):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        aside.touch()
+        mode = aside.stat().st_mode
+        write(aside)
+        aside.chmod(mode)  # safetensors makes files that nobody else may read
         os.replace(aside, path)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
             error.filename = str(path)
         raise
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON Lines, gzipped if the path ends in .gz; returns how many."""
+    path, count = Path(path), 0
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no ordinary file; choose another --out")
+
+    def write(aside):
+        nonlocal count
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(aside, "wt", encoding="utf-8", errors="replace", newline="\n") as file:
+            for count, row in enumerate(rows, 1):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, write)
     return count
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from data import OBJECTIVES, Objective, UserError, cli, find_objectives, records
+from data import OBJECTIVES, Objective, UserError, cli, find_objectives, records, write_whole
 
 # ---------------------------------------------------------------------------------------------- judges
 
@@ -733,20 +733,11 @@ def write_report(path, results, examples, title, notes="", figures=()):
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(title)}</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n")
-    write_whole(path, page)
+    write_text(path, page)
 
 
-def write_whole(path, text):
-    """Writes a file so that it is either whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+def write_text(path, text):
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="replace"))
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -830,7 +821,7 @@ def main(arguments=None):
     if endpoint:
         print(f"judge: {endpoint.sent} requests, {endpoint.retried} of them again after a failure; "
               f"{endpoint.reused} replies came from the cache")
-    write_whole(out / "eval.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "eval.json", json.dumps(results, indent=1) + "\n")
     write_report(out / "report.html", results, examples, "Before and after alignment", f"Judge: {judged_by}.")
     print(f"wrote {out / 'eval.json'} and {out / 'report.html'}")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError
+from data import UserError, write_whole
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -618,20 +618,6 @@ def save_checkpoint(llama, folder):
         Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_whole(folder / "model.safetensors", write_weights)
     write_whole(folder / "config.json", write_config)
-
-
-def write_whole(path, write):
-    """Call write(aside), then rename aside to path, so that a reader never sees half a file."""
-    aside = f"{path}.tmp"
-    try:
-        Path(aside).touch()
-        mode = os.stat(aside).st_mode
-        write(aside)
-        os.chmod(aside, mode)  # safetensors makes files that nobody else may read
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def load_tokenizer(folder, llama=None):

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -40,13 +41,15 @@ FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, n
                   max_position_embeddings=1024)
 SMALL = {**FOUNDATION, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
          "num_key_value_heads": 3}
-COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=200, save_seconds=60.0)
-PRETRAIN = train.Options(lr=3e-3, batch=32, max_steps=400, **COMMON)
-POLICY = train.Options(lr=2e-3, batch=32, max_steps=120, **COMMON)
+SMALL_STEPS = 300  # it starts from nothing; the large policy, which starts from the foundation, takes 100
+COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=100, save_seconds=60.0)
+WORDS = train.Options(lr=1.5e-3, batch=96, max_steps=150, **COMMON)
+PRETRAIN = train.Options(lr=1.5e-3, batch=32, max_steps=300, **COMMON)
+POLICY = train.Options(lr=3e-3, batch=32, max_steps=100, **COMMON)
 ALIGNER = train.Options(lr=1.5e-3, batch=32, **COMMON)
-STEPS = {"identity": 40, "equal": 40, "better": 400}  # optimizer steps of the aligner's three steps
+STEPS = {"identity": 40, "equal": 20, "better": 460}  # optimizer steps of the aligner's three steps
 REPLAY = 0.15                                         # share of pretraining texts in the aligner's batches
-PROMPTS = 128                                         # questions to each policy
+PROMPTS = 160                                         # questions to each policy
 
 
 def step(number, text, began=time.perf_counter()):
@@ -62,14 +65,19 @@ def with_seed(options, seed, **changes):
 
 
 def pretrain(out, seed, device):
-    texts = list(toy.pretraining_texts(round(PRETRAIN.batch * PRETRAIN.max_steps * 1.02), seed))
-    tokenizer = toy.train_tokenizer(texts[:5000])
+    """The foundation model, first on single sentences, then on whole answers. Gives the texts of the second part."""
+    def enough(texts, options):
+        return list(texts(round(1.02 * options.batch * options.max_steps) + 100, seed))
+    brief, texts = enough(toy.brief_texts, WORDS), enough(toy.pretraining_texts, PRETRAIN)
+    tokenizer = toy.train_tokenizer(texts[:5000] + brief[:2000])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = model.Llama(model.Config(vocab_size=vocabulary, **FOUNDATION), seed).to(device)
-    rows = [{"prompt": "", "completion": text} for text in texts]
-    options = with_seed(PRETRAIN, seed)
-    stage = train.prepare("pretrain", rows, tokenizer, llama.config, options)
-    train.train(llama, tokenizer, [stage], out, options, resume=True)
+    for folder, chosen, options in ((out / "words", brief, WORDS), (out / "foundation", texts, PRETRAIN)):
+        rows = [{"prompt": "", "completion": text} for text in chosen]
+        options = with_seed(options, seed)
+        stage = train.prepare("pretrain", rows, tokenizer, llama.config, options)
+        train.train(llama, tokenizer, [stage], folder, options, resume=True)
+        llama = model.Llama.from_pretrained(folder, device=device)
     return texts
 
 
@@ -78,12 +86,12 @@ def train_policies(out, foundation, seed, device):
     tokenizer = model.load_tokenizer(foundation)
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
-        prompts = [toy.question(rng)[0] for _ in range(POLICY.batch * POLICY.max_steps)]
+        options = with_seed(POLICY, seed, max_steps=SMALL_STEPS if name == "small" else POLICY.max_steps)
+        prompts = [toy.question(rng)[0] for _ in range(options.batch * options.max_steps)]
         rows = [{"prompt": prompt, "completion": toy.answer(name, prompt, rng)} for prompt in prompts]
         base = model.Llama.from_pretrained(foundation, device=device)
         if name == "small":
             base = model.Llama(model.Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
-        options = with_seed(POLICY, seed)
         stage = train.prepare("sft", rows, tokenizer, base.config, options)
         train.train(base, tokenizer, [stage], out / name, options, resume=True)
 
@@ -162,7 +170,7 @@ def judged_objectives(item):
     for name in item["names"]:
         verb = name.partition("_")[0]
         label = (name if item["kind"] == "named" else f"{verb} a {item['kind']} topic" if "_" in name
-                 else f"{name} (beside {item['kind']})")
+                 else f"{name} (& {item['kind']})")
         pooled.append(f"{label}: {toy.OBJECTIVES[name].description}")
     return pooled + ["intact: every sentence makes sense"]
 
@@ -188,7 +196,9 @@ def edit_and_judge(aligner, items, seed):
     edited = sorted(align.align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda i: i["index"])
     rows = [{"prompt": item["prompt"], "original": item["original"], "aligned": item["aligned"],
              "objectives": judged_objectives(item), "golden": item["golden"]} for item in edited]
-    return rows, eval.evaluate(rows, None, exact_judge, concurrency=1, progress=False, room=has_room)
+    result = eval.evaluate(rows, None, exact_judge, concurrency=1, progress=False, room=has_room)
+    order = [*toy.NAMED, *sorted(set(result["objectives"]) - {*toy.NAMED, "intact"}), "intact"]
+    return rows, {**result, "objectives": {name: result["objectives"][name] for name in order}}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ def edit_and_judge(aligner, items, seed):
 
 def story(out, seed, device):
     step(1, "a foundation model reads texts")
-    texts = pretrain(out / "foundation", seed, device)
+    texts = pretrain(out, seed, device)
     step(2, "two policies learn to answer, not too well")
     train_policies(out, out / "foundation", seed, device)
     step(3, "rated answers become pairs for the aligner")
@@ -232,12 +242,13 @@ def write_results(out, rows, results):
     for name in results:
         row = next(row for row in rows[name] if any("held-out" in text for text in row["objectives"]))
         print(f"\n{name}, asked to: {'; '.join(text.partition(': ')[2] for text in row['objectives'][:-1])}")
-        print(eval.ansi_diff(row["original"], row["aligned"]))
+        print(eval.ansi_diff(row["original"], row["aligned"]) if sys.stdout.isatty() else
+              f"- {row['original']}\n+ {row['aligned']}")
 
 
 def ablation(out, counts, seed, device):
     """How many trained objectives does it take to follow held-out ones from their text alone?"""
-    texts = pretrain(out / "foundation", seed, device)
+    texts = pretrain(out, seed, device)
     rng = random.Random(f"prompts {seed}")
     prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
     answers = policy_answers("verbose", prompts, out, seed, device)

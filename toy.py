@@ -237,6 +237,7 @@ def join(sentences, kept):
 
 GOLDEN = {"right": 0.75, "wrong": 0.2, "insult": 0.1, "boast": 0.25, "filler": 0.2, "digression": 0.5, "joke": 0.45,
           "comfort": 0.45, "warning": 0.45, "courtesy": 0.45}
+DRAFT = {"right": 0.6, "wrong": 0.35, "insult": 0.25, "boast": 0.4, "filler": 0.4}  # others: 0.5
 POLICIES = {  # the manners of those who answer: how likely each kind of sentence is
     "small": {"right": 0.5, "wrong": 0.4, "insult": 0.15, "boast": 0.5, "filler": 0.4, "digression": 0.7, "other": 0.1},
     "large": {"right": 0.7, "wrong": 0.3, "insult": 0.05, "boast": 0.3, "filler": 0.3, "digression": 0.6, "other": 0.2},
@@ -257,18 +258,22 @@ def golden(prompt, rng, topics=()):
     return write(rng, material(rng, task_of(prompt), topics), GOLDEN)
 
 
-def rated(count, seed, topics=TRAINED_TOPICS, responses=4, flip=0.3):
-    """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft,
-    each sentence of the material being dropped or added with chance `flip`. A rater scores what there is to see: the
-    named objectives, and "mention X" and "avoid X" for the topics that come up."""
+def rated(count, seed, topics=TRAINED_TOPICS, responses=4):
+    """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft:
+    each sentence of the material is dropped or added with a chance of 6 to 26 %, another for each question, and half of
+    the answers digress. A rater scores what there is to see: the named objectives, and "mention X" and "avoid X" for
+    the topics that come up."""
     rng = random.Random(seed)
     for _ in range(count):
         prompt, number = question(rng)
-        chosen = rng.sample(topics, min(2, len(topics)))
+        chosen = rng.sample(topics, min(rng.choice((1, 1, 2)), len(topics)))
         sentences = material(rng, number, chosen)
-        draft = [rng.random() < 0.5 for _ in sentences]
+        draft = [rng.random() < DRAFT.get(trait, 0.5) for trait, _ in sentences]
+        rare = rng.uniform(0.06, 0.26)
+        flips = [0.5 if trait == "digression" else rare for trait, _ in sentences]
         names = [*NAMED, *(f"{verb}_{topic}" for topic in chosen for verb in ("mention", "avoid"))]
-        texts = [join(sentences, [keep != (rng.random() < flip) for keep in draft]) for _ in range(responses)]
+        texts = [join(sentences, [keep != (rng.random() < flip) for keep, flip in zip(draft, flips)])
+                 for _ in range(responses)]
         yield {"prompt": prompt, "golden": write(rng, sentences, GOLDEN),
                "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in names}} for t in texts]}
 

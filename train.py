@@ -189,20 +189,23 @@ class Batch:
 
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
     """Tokenise rows into a Stage. Whole prompts are held out, so that no held-out prompt is trained on in another
-    pair. Says how many examples did not fit; UserError when none is left."""
-    longest = min(options.max_tokens, config.max_position_embeddings)
-
+    pair. Says how many examples did not fit; UserError when none is left. Training on examples longer than the model's
+    context lengthens the context: config is told."""
     def encode(rows):
         stop = config.stop_ids[0] if config.stop_ids else None
-        return data.encode_pairs(tokenizer, rows, config.bos_token_id, stop, longest)
+        return data.encode_pairs(tokenizer, rows, config.bos_token_id, stop, options.max_tokens)
     held_out = [data.held_out(row, options.val_share, options.seed) for row in rows]
     examples, dropped = encode([row for row, out in zip(rows, held_out) if not out])
     validation, more = encode([row for row, out in zip(rows, held_out) if out])
     if dropped + more:
-        print(f"{name}: {dropped + more} of {len(rows)} examples left out: over {longest} tokens even without "
-              "their oldest turns (the least of --max-tokens and the model's context)")
+        print(f"{name}: {dropped + more} of {len(rows)} examples left out: over {options.max_tokens} tokens even "
+              "without their oldest turns (see --max-tokens)")
     if not examples:
         raise UserError(f"{name}: no example to train on ({len(rows)} rows read); check --data, --max-tokens, --val-share")
+    longest = max(len(ids) for ids, _ in examples)
+    if longest > config.max_position_embeddings:
+        print(f"{name}: the model's context grows from {config.max_position_embeddings} tokens to {longest}")
+        config.max_position_embeddings = longest
     texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
     return Stage(name, examples, validation, texts, replay_share, STAGES[name][1])
 
@@ -309,7 +312,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
         if number + 1 < len(stages):
             save_state(out, llama, make_optimizer(llama, options), stages, number + 1, 0, 0, 0.0, metrics, options)
     metrics.close()
-    model.write_whole(out / "tokenizer.json", lambda path: Path(path).write_text(tokenizer.to_str(), encoding="utf-8"))
+    data.write_whole(out / "tokenizer.json", lambda path: Path(path).write_text(tokenizer.to_str(), encoding="utf-8"))
     llama.save_pretrained(out)
     for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
         (out / name).unlink(missing_ok=True)
@@ -394,7 +397,7 @@ def save_state(out, llama, optimizer, stages, stage, step, tokens, seconds, metr
             torch.save(state, path)
         except RuntimeError as error:  # how PyTorch reports a full disk
             raise UserError(f"{out / 'state.pt'}: cannot be written ({model.first_line(error)}); is the disk full?")
-    model.write_whole(out / "state.pt", write)
+    data.write_whole(out / "state.pt", write)
 
 
 def plan(stages):

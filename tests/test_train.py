@@ -216,11 +216,15 @@ def test_no_held_out_prompt_is_trained_on(world):
     assert asked(stage.examples) and asked(stage.held_out) and not asked(stage.examples) & asked(stage.held_out)
 
 
-def test_examples_end_within_the_models_context(world, capsys):
+def test_examples_end_at_max_tokens_and_longer_ones_lengthen_the_models_context(world, capsys):
     tokenizer = model.load_tokenizer(world / "base")
-    rows = [{"prompt": "", "completion": "water " * count} for count in (5, 2000)]
-    stage = train.prepare("pretrain", rows, tokenizer, model.Config(**SIZES), Options(val_share=0.0))
-    assert len(stage.examples) == 1 and "1 of 2 examples left out: over 512 tokens" in capsys.readouterr().out
+    rows = [{"prompt": "", "completion": "water " * count} for count in (5, 700, 2000)]
+    config = model.Config(**SIZES)
+    before, options = config.max_position_embeddings, Options(val_share=0.0, max_tokens=1500)
+    stage = train.prepare("pretrain", rows, tokenizer, config, options)
+    lengths = sorted(len(ids) for ids, _ in stage.examples)
+    assert len(lengths) == 2 and "1 of 3 examples left out: over 1500 tokens" in capsys.readouterr().out
+    assert config.max_position_embeddings == lengths[-1] > before
 
 
 # ----------------------------------------------------------------------------- whole runs

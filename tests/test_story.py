@@ -1,0 +1,50 @@
+"""What `make train` does with answers once its models are trained (the training itself is tested in test_train.py)."""
+import random
+
+import pytest
+
+import data
+import story
+import toy
+
+
+@pytest.fixture(scope="module")
+def items():
+    rng = random.Random(0)
+    prompts = [toy.question(rng)[0] for _ in range(60)]
+    return list(story.requests(prompts, [toy.answer("verbose", prompt, rng) for prompt in prompts], 0))
+
+
+def test_every_answer_is_asked_for_named_trained_and_held_out_objectives(items):
+    asked = [name for item in items for name in item["names"]]
+    assert set(toy.NAMED) <= set(asked)
+    held_out = {name for item in items if item["kind"] == "held-out" for name in item["names"]} - set(story.KEPT)
+    trained = {name for item in items if item["kind"] == "trained" for name in item["names"]} - set(story.KEPT)
+    assert held_out <= set(toy.HELD_OUT) and trained <= set(toy.TRAINED) and held_out and trained
+    for item in items:  # to mention what is not there yet would be no request; to avoid, only what is there
+        for name in item["names"]:
+            if name.startswith("avoid"):
+                assert toy.score(name, item["prompt"], item["original"]) == 0
+        assert [objective.name for objective in item["objectives"]] == item["names"]
+
+
+def test_judging_pools_topics_and_agrees_with_the_scorers(items):
+    rows = []  # an edit that appends one fixed joke, and so improves on humour and on nothing else
+    for item in items:
+        edited = item["original"] + " If it goes wrong, call it a tradition."
+        rows.append({**item, "aligned": edited, "objectives": story.judged_objectives(item)})
+    figures = story.eval.evaluate(rows, None, story.exact_judge, 1, progress=False, room=story.has_room)["objectives"]
+    named = [item for item in items if item["kind"] == "named"]
+    without = [item for item in named if toy.score("humour", item["prompt"], item["original"]) == 0]
+    assert figures["humour"]["n"] == len(named) and figures["humour"]["wins"] == len(without)
+    assert figures["helpful"]["net"] == 0 == figures["mention a held-out topic"]["net"]
+    assert figures["mention a held-out topic"]["n"] == len(named) and figures["intact"]["n"] == len(items)
+
+
+def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
+    path = story.reformulate(tmp_path, toy.TRAINED_TOPICS[:50], 0)
+    names = {name for row in data.read_pairs(path) for name in row["objectives"]}
+    assert not names & set(toy.HELD_OUT)
+    assert {name.partition("_")[2] for name in names - set(toy.NAMED)} == set(toy.TRAINED_TOPICS[:50])
+    rated = (tmp_path / "rated.jsonl").read_text()
+    assert not any(topic in rated for topic in toy.HELD_OUT_TOPICS)
