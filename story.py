@@ -17,17 +17,23 @@ from pathlib import Path
 
 import data
 import toy
-from data import Objective, cli
+from data import Objective, UserError, cli
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="runs/story", metavar="FOLDER", help="where everything is written (default runs/story)")
+    add("--seed", type=int, default=0, help="of the data, the training and the questions (default 0)")
+    add("--topics", type=int, nargs="+", metavar="N", help="ablation: instead of the story, train one aligner on N "
+        "topics, for each N, and measure how well it follows held-out ones")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser.parse_args()
+
 
 if __name__ == "__main__":
-    PARSER = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    PARSER.add_argument("--out", default="runs/story", metavar="FOLDER", help="where everything is written")
-    PARSER.add_argument("--seed", type=int, default=0, help="of the data, the training and the questions")
-    PARSER.add_argument("--topics", type=int, nargs="+", metavar="N", help="ablation: instead of the story, train one "
-                        "aligner on N topics, for each N, and measure how well it follows held-out ones")
-    PARSER.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    PARSER.parse_args()
+    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
 
 import torch  # noqa: E402
 
@@ -266,10 +272,19 @@ def ablation(out, counts, seed, device):
                     file.write(json.dumps(row) + "\n")
 
 
+def claim(out, seed):
+    """A killed story goes on where it stopped, but not with another seed's models."""
+    mark = out / "seed.txt"
+    if mark.exists() and mark.read_text() != f"{seed}\n":
+        raise UserError(f"{out}: holds a run with seed {mark.read_text().strip()}; give another --out, or delete it")
+    data.write_whole(mark, lambda aside: aside.write_text(f"{seed}\n"))
+
+
 def main():
-    args = PARSER.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args = arguments()
+    device = train.device_named(args.device)
     out = Path(args.out)
+    claim(out, args.seed)
     if args.topics:
         ablation(out, args.topics, args.seed, device)
     else:

@@ -48,3 +48,10 @@ def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
     assert {name.partition("_")[2] for name in names - set(toy.NAMED)} == set(toy.TRAINED_TOPICS[:50])
     rated = (tmp_path / "rated.jsonl").read_text()
     assert not any(topic in rated for topic in toy.HELD_OUT_TOPICS)
+
+
+def test_a_folder_belongs_to_one_seed(tmp_path):
+    story.claim(tmp_path / "run", 1)
+    story.claim(tmp_path / "run", 1)
+    with pytest.raises(data.UserError, match="holds a run with seed 1"):
+        story.claim(tmp_path / "run", 2)
