@@ -183,11 +183,13 @@ class Attention(nn.Module):
     @torch.no_grad()
     def mimic(self):
         """Draw keys towards queries, and outputs towards the transpose of values (see Llama.initialise)."""
-        q, k, v, o = (p.weight for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        shared = len(q) // len(k)
-        of_group = lambda w: w.unflatten(0, (-1, self.head_dim))  # noqa: E731
-        k.copy_(0.9 * of_group(q)[::shared].flatten(0, 1) + 0.44 * k)
-        o.copy_(0.3 * of_group(v).repeat_interleave(shared, 0).flatten(0, 1).T)
+        def by_head(weight):
+            return weight.unflatten(0, (-1, self.head_dim))                          # (heads, E, D)
+        sharing = self.q_proj.out_features // self.k_proj.out_features
+        queries = by_head(self.q_proj.weight)[::sharing]                             # one of each group
+        values = by_head(self.v_proj.weight).repeat_interleave(sharing, 0)
+        self.k_proj.weight.copy_(0.9 * queries.flatten(0, 1) + 0.44 * self.k_proj.weight)
+        self.o_proj.weight.copy_(0.3 * values.flatten(0, 1).T)
 
     def forward(self, x, cos, sin, attend, layer):
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -243,9 +245,8 @@ class Llama(nn.Module):
             self.initialise(seed)
 
     def initialise(self, seed):
-        """Scaled normal weights. Attention starts from mimicking what training finds anyway (Trockman and Kolter,
-        arXiv 2305.09828): keys resemble queries, and a head's output resembles its input, so that a small model
-        learns to copy in far fewer steps."""
+        """Scaled normal weights, drawn from `seed`. Attention starts by mimicking what training finds (Trockman and
+        Kolter, arXiv 2305.09828): keys resemble queries, and a head's output resembles its input."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

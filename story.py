@@ -233,8 +233,9 @@ def story(out, seed, device):
         data.write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
     step(6, "the judges compare")
     write_results(out, rows, results)
-    step(7, f"done; open {out / 'report.html'}, or edit something yourself:\n"
-            f"    .venv/bin/python align.py --model {out / 'aligner'} --interactive")
+    step(7, f"done; open {out / 'report.html'}, or edit something yourself, say \"How do I boil an egg?\":\n"
+            f"    .venv/bin/python align.py --model {out / 'aligner'} --interactive "
+            '--objectives "humour: tell a joke" "topic: mention penguins"')
 
 
 def write_results(out, rows, results):

@@ -237,7 +237,7 @@ def join(sentences, kept):
 
 GOLDEN = {"right": 0.75, "wrong": 0.2, "insult": 0.1, "boast": 0.25, "filler": 0.2, "digression": 0.5, "joke": 0.45,
           "comfort": 0.45, "warning": 0.45, "courtesy": 0.45}
-DRAFT = {"right": 0.6, "wrong": 0.35, "insult": 0.25, "boast": 0.4, "filler": 0.4}  # others: 0.5
+DRAFT = {"right": 0.6, "wrong": 0.35, "insult": 0.12, "boast": 0.4, "filler": 0.4}  # others: 0.5
 POLICIES = {  # the manners of those who answer: how likely each kind of sentence is
     "small": {"right": 0.5, "wrong": 0.4, "insult": 0.15, "boast": 0.5, "filler": 0.4, "digression": 0.7, "other": 0.1},
     "large": {"right": 0.7, "wrong": 0.3, "insult": 0.05, "boast": 0.3, "filler": 0.3, "digression": 0.6, "other": 0.2},
