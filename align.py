@@ -105,7 +105,7 @@ class Writer:
 def answered(items, policy, args):
     """Yield (number, answer) for items without an answer, from a folder or a server."""
     if policy.startswith(("http://", "https://")):
-        endpoint = Endpoint(policy, args.policy_model, cache=f"{args.out}.policy-cache.jsonl")
+        endpoint = Endpoint(policy, args.policy_model, cache=f"{args.out}.policy-cache.jsonl", timeout=600)
 
         def ask(item):
             return endpoint.complete(item["prompt"], args.max_new_tokens, args.temperature, seed=args.seed)

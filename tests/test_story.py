@@ -55,3 +55,35 @@ def test_a_folder_belongs_to_one_seed(tmp_path):
     story.claim(tmp_path / "run", 1)
     with pytest.raises(data.UserError, match="holds a run with seed 1"):
         story.claim(tmp_path / "run", 2)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The story with two steps of every training."""
+    for name in ("WORDS", "PRETRAIN", "POLICY"):
+        monkeypatch.setattr(story, name, story.with_seed(getattr(story, name), 0, max_steps=2))
+    monkeypatch.setattr(story, "SMALL_STEPS", 2)
+    monkeypatch.setattr(story, "STEPS", {"identity": 2, "better": 2})
+    monkeypatch.setattr(story, "PROMPTS", 3)
+
+
+def test_the_story_from_end_to_end(short, tmp_path, capsys):
+    story.story(tmp_path, 0, story.torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*toy.POLICIES, *toy.NAMED, "mention a held-out topic"])
+    for policy in toy.POLICIES:
+        rows = story.eval.read_aligned(tmp_path / "aligned" / f"{policy}.jsonl")
+        assert len({row["prompt"] for row in rows}) <= 3 <= len(rows) / 3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == len(toy.POLICIES) and "mention a held-out topic" in page
+
+
+def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path):
+    story.ablation(tmp_path, [5, 10], 0, story.torch.device("cpu"))
+    rows = [data.parse_json(text, "topics.jsonl", number) for number, text in data.lines(tmp_path / "topics.jsonl")]
+    held_out = [(row["topics"], row["n"]) for row in rows if row["objective"] == "mention a held-out topic"]
+    assert [topics for topics, _ in held_out] == [5, 10] and held_out[0][1] == held_out[1][1] > 0
+    for count in (5, 10):
+        pairs = data.read_pairs(tmp_path / f"topics-{count}-0" / "pairs.jsonl")
+        names = {name.partition("_")[2] for row in pairs for name in row["objectives"]} - {""}
+        assert len(names & set(toy.TOPICS)) == count
