@@ -5,7 +5,7 @@ SEED   ?= 0
 # For real things: a Llama folder, preference files, objectives; see the README's recipe.
 MODEL      ?=
 DATA       ?=
-OBJECTIVES ?= harmless helpful
+OBJECTIVES ?=
 POLICY     ?=
 PY = .venv/bin/python
 
@@ -25,13 +25,14 @@ train: setup  ## the whole story on the embedded world; with MODEL= and DATA=, a
 ifeq ($(MODEL),)
 	$(PY) story.py --out $(OUT) --seed $(SEED)
 else
-	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED)
+	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED) \
+	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES))
 	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) --resume
 endif
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
-	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) --objectives $(OBJECTIVES) \
-	    $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED)
+	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \
+	    --objectives $(or $(OBJECTIVES),harmless helpful) $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED)
 
 eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --judge-model NAME" on real data
 	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE)
