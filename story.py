@@ -244,7 +244,7 @@ def write_results(out, rows, results):
     data.write_jsonl(out / "results.json", [figures])
     examples = {name: eval.pick_examples(rows[name], results[name]) for name in rows}
     notes = ("Five policies of the embedded world, edited by an aligner that has seen none of them. 'Held-out' topics "
-             "occur in no example that it was trained on.")
+             "occur in no pair that it was trained on, only in pretraining texts.")
     eval.write_report(out / "report.html", results, examples, "nanoalign: the story", notes)
     for name in results:
         row = next(row for row in rows[name] if any("held-out" in text for text in row["objectives"]))

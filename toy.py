@@ -6,8 +6,8 @@ be said is listed here, every objective can be judged exactly (`score`), so the 
 in minutes and with no download.
 
 Objectives come in two families. Nine have names like the paper's (harmless, helpful, humour, ...). The large one is
-compositional: "mention X" and "avoid X" for 240 topics X. Every sixth topic is held out: no example that the aligner
-is trained on names it, and the aligner has to follow those objectives from their text alone.
+compositional: "mention X" and "avoid X" for 240 topics X. Every sixth topic is held out: no pair that the aligner
+is trained on names it, and it has to follow those objectives from their text alone.
 
     python toy.py --show            a few questions, answers and scores
     python toy.py --out world       everything as files: texts, rated answers, prompts, tokenizer
