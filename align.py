@@ -71,13 +71,13 @@ from eval import Endpoint, ansi_diff, in_parallel  # noqa: E402
 class Writer:
     """A Llama with its tokenizer: texts in, texts out."""
 
-    def __init__(self, folder, device=None, dtype=None):
+    def __init__(self, folder, device=None):
         try:
             device = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: cannot be used here ({model.first_line(error)}); give cpu, or leave "
                             "it out")
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
 

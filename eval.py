@@ -1,7 +1,7 @@
 """Judges, win rates and reports: how much better did the aligner make the answers?
 
     python eval.py aligned.jsonl --judge-url http://localhost:8000 --judge-model some-model
-    python eval.py toy/*.jsonl                    # the embedded world, judged exactly
+    python eval.py aligned.jsonl                  # the embedded world's own objectives, judged exactly
 
 A judge is any function `judge(query, first, second, objective)` that returns "first", "second", "tie", or
 None where its reply cannot be read. The figures are those of MetaAligner's evaluation (arXiv 2403.17141,
