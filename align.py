@@ -67,6 +67,8 @@ from eval import Endpoint, ansi_diff, in_parallel  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------
 # Who writes: a Llama in a folder, or a server
 
+DRAFT = 15  # tokens guessed per step, at most: edits are mostly copied, so guessing makes them fast (see model.Copier)
+
 
 class Writer:
     """A Llama with its tokenizer: texts in, texts out."""
@@ -77,7 +79,7 @@ class Writer:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: cannot be used here ({model.first_line(error)}); give cpu, or leave "
                             "it out")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if model.computes_bf16(device) else torch.float32
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
 
@@ -89,7 +91,7 @@ class Writer:
 
     def write(self, prompts, new_tokens, temperature=0.0, seeds=0):
         """Continuations (texts) of prompts (lists of token ids)."""
-        ids = model.generate(self.llama, prompts, new_tokens, temperature, seed=seeds,
+        ids = model.generate(self.llama, prompts, new_tokens, temperature, seed=seeds, draft=DRAFT,
                              stop_ids=self.llama.config.stop_ids)
         return [self.tokenizer.decode(new).strip() for new in ids]
 
@@ -322,7 +324,9 @@ def main():
     if kept:
         print(f"left as they were: {kept} answers that do not fit the aligner's context")
     changed = sum(row["aligned"] != row["original"] for row in rows)
-    print(f"{args.out}: {len(rows)} answers, {changed} changed")
+    tally = aligner.llama.tally
+    share = f"; {100 * tally['copied'] / tally['written']:.0f} % of the tokens copied" if tally["written"] else ""
+    print(f"{args.out}: {len(rows)} answers, {changed} changed{share}")
 
 
 if __name__ == "__main__":

@@ -449,6 +449,7 @@ def in_parallel(function, items, workers):
             try:
                 finished.put((index, function(item), None))
             except BaseException as error:
+                stop.append(True)  # nobody asks on while the error is on its way
                 finished.put((index, None, error))
 
     for _ in range(min(workers, len(items))):

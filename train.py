@@ -46,7 +46,7 @@ def arguments(argv=None):
     options = Options()
     for name, kind, text in OPTION_HELP:
         add("--" + name.replace("_", "-"), type=kind, default=getattr(options, name), metavar=kind.__name__.upper(),
-            help=f"{text} (default {getattr(options, name)})", choices=["bf16", "fp32"] if kind is str else None)
+            help=f"{text} (default {getattr(options, name)})", choices=["auto", "bf16", "fp32"] if kind is str else None)
     add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -71,7 +71,7 @@ class Options:
     val_share: float = 0.01
     val_every: int = 100
     save_seconds: float = 300.0
-    precision: str = "bf16"
+    precision: str = "auto"
     seed: int = 0
     checkpoint_activations: bool = False
 
@@ -86,7 +86,7 @@ OPTION_HELP = [
     ("max_steps", int, "stop after so many, in each step of an aligner; 0: after the epochs"),
     ("val_share", float, "share of the prompts held out for validation"),
     ("val_every", int, "steps between validations"), ("save_seconds", float, "seconds between saved states"),
-    ("precision", str, "bf16 (autocast over fp32 weights) or fp32"), ("seed", int, "orders the examples"),
+    ("precision", str, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"), ("seed", int, "orders the examples"),
 ]
 RANGES = {  # what is refused at once, rather than after the data has been read
     "lr": (0, 10), "weight_decay": (0, 10), "warmup": (0, 1), "epochs": (1e-9, 1e9), "batch": (1, 10**9),
@@ -336,7 +336,8 @@ def learning_rate(step, total, options):
 
 
 def autocast(device, options):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+    wanted = model.computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
 @torch.no_grad()

@@ -95,6 +95,14 @@ HARMLESS = data.OBJECTIVES["harmless"].description
 TOLD = [HARMLESS, "The response should be short."]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_fp32():
+    """What noise says next hangs on the last bits; the plain reference is in fp32, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "computes_bf16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def aligned(world, tmp_path_factory):
     """answers.jsonl, aligned without interruption."""
@@ -274,6 +282,8 @@ def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, caps
 KILLED = """
 import os, signal, sys
 import align
+import model
+model.computes_bf16 = lambda device: False  # as in this process
 count = int(sys.argv.pop(1))
 add, done = align.Journal.add, 0
 

@@ -656,8 +656,12 @@ def test_finished_rows_are_not_computed():
     llama = tiny(seed=3)
     rows = []
     llama.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.size(0)))
-    lengths = [len(answer) for answer in generate(llama, PROMPTS, 20, stop_ids=(5, 11, 30))]
-    assert rows == [sum(length >= step for length in lengths) for step in range(max(lengths))]
+    prompts = [prompt + [number] for number, prompt in enumerate(PROMPTS * 3)]
+    lengths = [len(answer) for answer in generate(llama, prompts, 20, stop_ids=(5, 11, 30))]
+    left = [sum(length >= step for length in lengths) for step in range(max(lengths))]
+    assert len(set(left)) > 5 and max(left) == 24
+    rounded = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8, **{n: 16 for n in range(9, 17)}}  # shapes are few
+    assert rows == [rounded.get(count, 24) for count in left]
 
 
 def test_real_stories_in_a_batch(shared):
@@ -690,6 +694,143 @@ def test_sampling_follows_its_seed_and_not_its_neighbours():
     assert generate(llama, PROMPTS, 15, seed=1, **options) != generate(llama, PROMPTS, 15, seed=2, **options)
     twins = generate(llama, [PROMPTS[0]] * 8, 15, seed=1, **options)
     assert len(set(map(tuple, twins))) == 8, "equal prompts do not share their chance"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Copying: guesses from the text before, verified
+
+
+LOOPS = [prompt * 6 for prompt in PROMPTS]  # texts that say the same again and again: much to copy
+
+
+@pytest.mark.parametrize("draft", [1, 3, 15, 100])
+def test_copying_writes_what_plain_greedy_decoding_writes(draft):
+    llama = tiny(seed=3)
+    for stop_ids in ((), (5, 11, 30)):
+        expected = [greedy_by_hand(llama, prompt, 40, stop_ids) for prompt in LOOPS]
+        llama.tally.clear()
+        assert generate(llama, LOOPS, 40, stop_ids=stop_ids, draft=draft) == expected
+        assert [generate(llama, [prompt], 40, stop_ids=stop_ids, draft=draft)[0] for prompt in LOOPS] == expected
+        assert llama.tally["copied"] > 20 and llama.tally["written"] >= 2 * sum(map(len, expected))
+    assert generate(llama, LOOPS, 1, draft=draft) == [greedy_by_hand(llama, prompt, 1) for prompt in LOOPS]
+
+
+def test_copying_takes_fewer_passes():
+    llama, passes = tiny(seed=4, vocab_size=3), []  # so few words that it soon repeats itself
+    llama.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    counts = {}
+    for draft in (0, 1, 7):
+        passes.clear()
+        generate(llama, [[1, 2]], 60, draft=draft)
+        counts[draft] = len(passes)
+    assert counts[0] == 60 and 30 <= counts[1] < 45 and counts[7] < 30
+
+
+def test_copying_real_answers(shared):
+    """A trained model on real dialogues, batches of unequal rows."""
+    llama = Llama.from_pretrained(shared / "checkpoints/stories260K")
+    tokenizer = model.load_tokenizer(shared / "checkpoints/stories260K", llama)
+    texts = pandas_free(shared / "data/outputs/hh-rlhf/Claude-3.csv")
+    prompts = [tokenizer.encode(text).ids[:length] for text, length in zip(texts, range(40, 400, 15))]
+    stop_ids = [tokenizer.token_to_id(mark) for mark in "!?"]
+    plain = generate(llama, prompts, 60, stop_ids=stop_ids)
+    llama.tally.clear()
+    assert generate(llama, prompts, 60, stop_ids=stop_ids, draft=15) == plain
+    assert llama.tally["copied"] > 50 and len(set(map(len, plain))) > 3
+
+
+def pandas_free(path):
+    import csv
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row["query"] + row["generated_text"] for row in csv.DictReader(file)][:24]
+
+
+def test_a_guess_is_what_followed_the_same_two_tokens():
+    copier = model.Copier([1, 2, 3, 4, 5, 9, 2, 3], {})
+    assert copier.guess(3, 0.5) == [4, 5, 9] and copier.guess(2, 0.5) == [4, 5]
+    copier.add(7)
+    assert copier.guess(3, 0.5) == [], "3, 7 has not occurred"
+    longest = model.Copier([8, 1, 2, 50, 9, 1, 2, 60, 0, 8, 1, 2], {})
+    assert longest.guess(1, 0.5) == [50], "8, 1, 2 agrees for longer than the later 9, 1, 2"
+    assert model.Copier([6], {}).guess(4, 0.5) == []
+
+
+def test_a_guess_ends_where_copying_has_ended():
+    """Token 4 is a full stop, after which this model has mostly gone its own way."""
+    habits = {}
+    copier = model.Copier([1, 2, 3, 4, 5, 6, 7, 1, 2], habits)
+    for _ in range(12):
+        guess = copier.guess(4, 0.5)
+        copier.learn(guess, guess.index(4) + 1)  # 3 and 4 come true, what follows 4 does not
+    assert copier.guess(4, 0.5) == [3, 4]
+    assert model.Copier([1, 2, 3, 4, 5, 6, 7, 1, 2], habits).guess(4, 0.5) == [3, 4], "another text of the same model"
+    assert copier.guess(4, 0.05) == [3, 4, 5, 6], "where wrong guesses cost little"
+
+
+@pytest.fixture
+def hopeful(monkeypatch):
+    """Guesses that go on, however often they have been wrong."""
+    monkeypatch.setattr(model.Copier, "learn", lambda *_: None)
+
+
+def test_sampling_with_copying_takes_the_same_chances(hopeful):
+    llama = tiny(seed=3, vocab_size=12)
+    loops = [[token % 12 for token in prompt] for prompt in LOOPS]
+    options = dict(temperature=0.5, top_k=20, top_p=0.95, stop_ids=(5,), seed=list(range(8)))
+    assert generate(llama, loops, 30, draft=7, **options) == generate(llama, loops, 30, **options)
+    assert llama.tally["copied"] > 20
+
+
+def always_right(row, verified, stop_ids, most):
+    """The acceptance rule, broken: a guess is believed unseen."""
+    row.new += [*row.guess, verified[-1]]
+    row.wrong, row.finished = 0, len(row.new) >= most
+
+
+@pytest.mark.parametrize("rule", [None, always_right], ids=["as it is", "broken"])
+def test_copying_keeps_the_exact_distribution(rule, monkeypatch, hopeful):
+    """Three tokens after a prompt in which every pair occurs: the chance of each triple, from full forwards."""
+    llama, prompt, rows = tiny(seed=5, vocab_size=5), random_tokens(120, 5).tolist(), 20_000
+    assert len(set(zip(prompt, prompt[1:]))) == 25
+    expected = {(): float(rows)}
+    with torch.no_grad():
+        for _ in range(3):
+            expected = {(*text, token): count * chance for text, count in expected.items() for token, chance in
+                        probabilities_by_hand(llama(torch.tensor([prompt + list(text)]))[0, -1].tolist(), 1.5, 5,
+                                              None).items()}
+    if rule:
+        monkeypatch.setattr(model.Row, "take", rule)
+    texts = [text for start in range(0, rows, 1000)
+             for text in generate(llama, [prompt] * 1000, 3, temperature=1.5, seed=start, draft=2)]
+    counts = Counter(map(tuple, texts))
+    statistic, limit = chi_square(counts, {key: value for key, value in expected.items() if value >= 5})
+    if rule:
+        assert statistic > 3 * limit
+    else:
+        assert statistic < limit and llama.tally["copied"] > 1000
+        assert llama.tally["copied"] < llama.tally["written"] - rows, "some guesses were refused"
+
+
+def test_what_all_prompts_begin_with_is_computed_once():
+    llama, computed = tiny(seed=3), []
+    prompts = [random_tokens(50, seed=9).tolist() + prompt for prompt in PROMPTS]
+    expected = [generate(llama, [prompt], 20)[0] for prompt in prompts]
+    llama.model.embed_tokens.register_forward_hook(lambda module, inputs, output: computed.append(output.size(1)))
+    assert generate(llama, prompts, 20) == expected
+    assert computed[:2] == [50, sum(map(len, PROMPTS))]
+    twins = [prompts[0]] * 3
+    assert generate(llama, twins, 20) == [expected[0]] * 3, "all but the last token is shared"
+
+
+def test_long_batches_are_prefilled_in_parts():
+    llama, computed = tiny(seed=3), []
+    expected = [generate(llama, [prompt], 10)[0] for prompt in PROMPTS]
+    cache = model.Cache(llama.config, len(PROMPTS), torch.float32, "cpu")
+    llama.model.embed_tokens.register_forward_hook(lambda module, inputs, output: computed.append(output.size(1)))
+    with torch.no_grad():
+        first = model.prefill(llama, cache, PROMPTS, most=20).argmax(-1).tolist()
+    assert first == [text[0] for text in expected] and cache.lengths == list(map(len, PROMPTS))
+    assert computed == [7 + 1, 30, 2 + 2 + 13 + 1, 8], "in their order, at most 20 tokens unless one has more"
 
 
 def probabilities_by_hand(logits, temperature, top_k, top_p):

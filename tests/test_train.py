@@ -469,7 +469,7 @@ def test_help_comes_at_once():
 def test_defaults_are_the_papers():
     defaults = vars(train.arguments(["aligner", "--model", "m", "--data", "d", "--out", "o"]))
     expected = {"lr": 1e-5, "weight_decay": 1e-5, "warmup": 0.05, "epochs": 2.0, "batch": 512, "max_tokens": 4096,
-                "steps": ["identity", "equal", "better"], "precision": "bf16"}
+                "steps": ["identity", "equal", "better"], "precision": "auto"}
     assert {key: defaults[key] for key in expected} == expected
 
 

@@ -1,0 +1,457 @@
+"""How fast is it, beside its peers? Times our path and a peer's on the same model, data, dtype and machine in one run.
+
+    machine   a bf16 matrix product and a copy: what the other figures are measured against
+    train     supervised fine-tuning of a 40M Llama: train.py's step against TRL's SFTTrainer
+    align     greedy edits of real answers: align.py's generation against `transformers` at its best batch size
+    copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
+    decode    one sequence without copying: weights read per second against the copy
+
+Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
+wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`).
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+NEW_TOKENS = 256
+PARTS = ["machine", "train", "align", "copy", "decode"]
+COLUMNS = "{:<46}{:>14}{:>14}{:>9}  {}"
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"what to time: {' '.join(PARTS)} (default: all)")
+    add("--peer", metavar="PYTHON", help="a Python with torch, transformers, datasets and trl; without it, only ours")
+    add("--aligner", default="runs/story/aligner", metavar="FOLDER", help="default: what `make train` wrote")
+    add("--pairs", metavar="FILE", help="training data, as train.py reads it (default: texts of the embedded world)")
+    add("--answers", metavar="FILE", help="answers to edit, as align.py reads them (default: the embedded world's)")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json for --pairs (default: the aligner's)")
+    add("--steps", type=int, default=4, metavar="N", help="training steps of 8 examples that are timed (default 4)")
+    add("--count", type=int, default=64, metavar="N", help="answers to edit (default 64)")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="longest training example (default 1024)")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--job", help=argparse.SUPPRESS)  # how bench.py starts itself: one measurement
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
+    args.parts = args.parts or PARTS
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
+
+import torch  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measurements. Each is a process: it reads job.json in a folder and prints one JSON object.
+
+
+def sync(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, least=0.5):
+    """Seconds per call, over enough calls to last `least` seconds, after two to warm up."""
+    for _ in range(2):
+        function()
+    sync(device)
+    began, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - began < least:
+        function()
+        sync(device)
+        calls += 1
+    return (time.perf_counter() - began) / calls
+
+
+def peak(device):
+    """Peak memory of this process in GiB: the device's, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine(device):
+    """bf16 FLOP/s of a matrix product, the best of three shapes; bytes/s of a copy, those read and those written."""
+    rates = []
+    for rows, inner, columns in ((4096, 512, 1376), (4096, 2048, 2048), (8192, 8192, 8192))[:3 if device == "cuda" else 2]:
+        a = torch.randn(rows, inner, device=device).bfloat16()
+        b = torch.randn(columns, inner, device=device).bfloat16()
+        rates.append(2 * rows * inner * columns / seconds(lambda: a @ b.T, device))
+    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return {"flops": max(rates), "bytes": 2 * source.nbytes / seconds(lambda: target.copy_(source), device)}
+
+
+def train_ours(job, folder, device):
+    import model
+    import train
+    llama = model.Llama.from_pretrained(folder, device=device)
+    options = train.Options(lr=1e-5, micro_tokens=4096)
+    optimizer = train.make_optimizer(llama, options)
+
+    def step(examples):
+        for batch in train.pack(examples, options.micro_tokens, torch.device(device)):
+            with train.autocast(torch.device(device), options):
+                loss = train.cross_entropy(llama, batch) / 1000
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sync(device)
+    times = []
+    for examples in job["batches"]:
+        began = time.perf_counter()
+        step(examples)
+        times.append(time.perf_counter() - began)
+    return timed_training(job, times, device)
+
+
+def train_trl(job, folder, device):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            sync(device)
+            times.append(time.perf_counter() - self.began)
+    rows = [{"input_ids": ids, "completion_mask": [0] * n_prompt + [1] * (len(ids) - n_prompt)}
+            for batch in job["batches"] for ids, n_prompt in batch]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token=job["eos"],
+                                        pad_token=job["eos"])
+    config = SFTConfig(output_dir=f"{folder}/trl", per_device_train_batch_size=len(job["batches"][0]), bf16=True,
+                       max_length=job["max_tokens"], max_steps=len(job["batches"]), use_cpu=device == "cpu",
+                       gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                       train_sampling_strategy="sequential", learning_rate=1e-5)
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    SFTTrainer(llama, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+               callbacks=[Clock()]).train()
+    return timed_training(job, times, device)
+
+
+def timed_training(job, times, device):
+    """The first two steps warm up."""
+    tokens = sum(len(ids) for batch in job["batches"][2:] for ids, _ in batch)
+    return {"tokens": tokens, "seconds": sum(times[2:]), "peak": peak(device)}
+
+
+def align_ours(job, folder, device):
+    import model
+    llama = model.Llama.from_pretrained(folder, getattr(torch, job["dtype"]), device)
+
+    def edit(prompts):
+        return model.generate(llama, prompts, job["new_tokens"], stop_ids=llama.config.stop_ids, draft=job["draft"])
+    return timed_edits(job, edit, llama.tally, device)
+
+
+def align_transformers(job, folder, device):
+    from transformers import AutoModelForCausalLM
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"])).to(device).eval()
+    stop = llama.config.eos_token_id
+
+    def edit(prompts):
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        new = llama.generate(input_ids=ids, attention_mask=mask, max_new_tokens=job["new_tokens"], do_sample=False,
+                             pad_token_id=stop)[:, longest:].tolist()
+        return [row[:row.index(stop)] if stop in row else row for row in new]
+    return timed_edits(job, edit, {}, device)
+
+
+def timed_edits(job, edit, tally, device):
+    """All prompts, the longest first, `batch` at a time; the first batch also warms up."""
+    prompts = job["prompts"]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    edit([prompts[i] for i in order[:job["batch"]]])
+    began, written = time.perf_counter(), [None] * len(prompts)
+    for start in range(0, len(order), job["batch"]):
+        chosen = order[start:start + job["batch"]]
+        for i, new in zip(chosen, edit([prompts[i] for i in chosen])):
+            written[i] = new
+    sync(device)
+    return {"seconds": time.perf_counter() - began, "peak": peak(device), "written": written,
+            "copied": tally["copied"] / max(1, tally["written"]) if tally else 0.0}
+
+
+JOBS = {"train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
+        "align_transformers": align_transformers}
+
+
+def measure(kind, folder, args, peer=False, **job):
+    """Run one measurement in a process of its own; None where a peer fails, and says so."""
+    (folder / "job.json").write_text(json.dumps({**job, "device": args.device}))
+    python = args.peer if peer else sys.executable
+    ended = subprocess.run([python, __file__, "--job", f"{kind}:{folder}"], capture_output=True, text=True)
+    if ended.returncode:
+        said = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        if not peer:
+            from data import UserError
+            raise UserError(f"{kind}: {said}")
+        print(f"{kind}: failed under {python}: {said}", file=sys.stderr)
+        return None
+    return json.loads(ended.stdout.strip().splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def widen(small, config):
+    """A Llama of a larger shape that computes what `small` does: its new channels, heads and layers hold zeros.
+
+    A norm averages over more channels, so its weight shrinks; a head keeps its rotation frequencies by spreading its
+    channels; a score is divided by more, so queries grow; tokens that `small` lacks are as likely as its BOS."""
+    import model
+    big, s = model.Llama(config), small.config
+    size, spread = s.hidden_size, config.head_dim // s.head_dim
+    half = torch.arange(s.head_dim // 2) * spread
+    channels = torch.cat([half, config.head_dim // 2 + half])
+    channels = (torch.arange(s.num_attention_heads)[:, None] * config.head_dim + channels).flatten()
+    share = s.num_attention_heads // s.num_key_value_heads
+
+    def norm(wide, narrow):
+        wide.weight[:size] = narrow.weight * (size / config.hidden_size) ** 0.5
+        wide.eps = narrow.eps * size / config.hidden_size
+    with torch.no_grad():
+        for parameter in big.parameters():
+            parameter.zero_()
+        for wide, narrow in zip(big.model.layers, small.model.layers):
+            norm(wide.input_layernorm, narrow.input_layernorm)
+            norm(wide.post_attention_layernorm, narrow.post_attention_layernorm)
+            wide.self_attn.q_proj.weight[channels, :size] = narrow.self_attn.q_proj.weight * spread ** 0.5
+            for name in ("k_proj", "v_proj"):
+                heads = getattr(narrow.self_attn, name).weight.unflatten(0, (-1, s.head_dim))
+                getattr(wide.self_attn, name).weight[channels, :size] = heads.repeat_interleave(share, 0).flatten(0, 1)
+            wide.self_attn.o_proj.weight[:size, channels] = narrow.self_attn.o_proj.weight
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(narrow.mlp, name).weight
+                getattr(wide.mlp, name).weight[:weight.size(0), :weight.size(1)] = weight
+        norm(big.model.norm, small.model.norm)
+        big.model.embed_tokens.weight[:s.vocab_size, :size] = small.model.embed_tokens.weight
+        big.lm_head.weight[:, :size] = small.lm_head.weight[s.bos_token_id]
+        big.lm_head.weight[:s.vocab_size, :size] = small.lm_head.weight
+    return big
+
+
+def training_batches(args, tokenizer):
+    """Batches of 8 examples: two to warm up, then those that are timed."""
+    import data
+    import toy
+    if args.pairs:
+        rows = list(data.read_completions(args.pairs))
+    else:
+        rows = [{"prompt": "", "completion": "\n\n".join(texts)} for texts in zip(*[toy.pretraining_texts(2000, 0)] * 4)]
+    examples, _ = data.encode_pairs(tokenizer, rows[:40 * (args.steps + 2)], 1, 2, args.max_tokens)
+    return [[(list(ids), n_prompt) for ids, n_prompt in examples[start:start + 8]]
+            for start in range(0, 8 * (args.steps + 2), 8)]
+
+
+def embedded_prompts(writer, count):
+    """Prompts that ask the aligner to edit answers of the embedded world, and those answers' token ids."""
+    import random
+
+    import data
+    import story
+    import toy
+    rng, found = random.Random("bench"), []
+    while len(found) < count:
+        prompt = toy.question(rng)[0]
+        for item in story.requests([prompt], [toy.answer(rng.choice(["verbose", "toxic"]), prompt, rng)], len(found)):
+            text, context = data.aligner_prompt(prompt, item["original"], item["objectives"])
+            found.append((writer.encode(text, NEW_TOKENS, context),
+                          writer.tokenizer.encode(item["original"], add_special_tokens=False).ids))
+    return found[:count]
+
+
+def answer_prompts(writer, args):
+    """Prompts to edit the answers of --answers, evenly spread over the file; those that do not fit are left out."""
+    import data
+    if not args.answers:
+        return [prompt for prompt, _ in embedded_prompts(writer, args.count)]
+    objectives, found = data.find_objectives(["harmless", "helpful"]), []
+    for row in data.read_rated(args.answers, objective="chosen"):
+        for response in row["responses"]:
+            text, context = data.aligner_prompt(row["prompt"], response["text"], objectives)
+            found.append(writer.encode(text, NEW_TOKENS, context))
+    found = [prompt for prompt in found if prompt is not None]
+    return found[::max(1, len(found) // args.count)][:args.count]
+
+
+def kept(answer, edit):
+    """Share of an answer's tokens that its edit keeps, in order."""
+    import difflib
+    matcher = difflib.SequenceMatcher(None, answer, edit, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / max(1, len(answer))
+
+
+def flops(config, lengths, targets):
+    """Model FLOPs of a training step: 6 per weight and token, the head for targets only, causal attention."""
+    block = config.hidden_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim \
+        + 3 * config.hidden_size * config.intermediate_size
+    inner = config.num_attention_heads * config.head_dim
+    return 6 * (config.num_hidden_layers * (block * sum(lengths) + inner * sum(n * n for n in lengths))
+                + config.vocab_size * config.hidden_size * targets)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def line(what, ours, peer="", ratio="", note=""):
+    print(COLUMNS.format(what, ours, peer, ratio, note), flush=True)
+
+
+def versus(ours, peer):
+    return f"{ours / peer:.2f} x"
+
+
+def bench_train(args, folder, rates):
+    import model
+    import toy
+    tokenizer = (toy.train_tokenizer(list(toy.pretraining_texts(500, 0))) if not args.tokenizer
+                 else model.load_tokenizer(Path(args.tokenizer).parent))
+    config = model.Config(**SIZE)
+    model.Llama(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    batches = training_batches(args, tokenizer)
+    job = {"batches": batches, "max_tokens": args.max_tokens, "eos": tokenizer.id_to_token(2)}
+    ours = measure("train_ours", folder, args, **job)
+    timed = [example for batch in batches[2:] for example in batch]
+    work = flops(config, [len(ids) for ids, _ in timed], sum(len(ids) - max(n, 1) for ids, n in timed))
+    note = f"{100 * work / ours['seconds'] / rates['flops']:.0f} % of the matrix product; {ours['peak']:.1f} GiB"
+    speed, theirs = ours["tokens"] / ours["seconds"], None
+    if args.peer:
+        theirs = measure("train_trl", folder, args, peer=True, **job)
+    if theirs:
+        other = theirs["tokens"] / theirs["seconds"]
+        line("train: SFT, 40M, real tokens/s", f"{speed:,.0f}", f"{other:,.0f}", versus(speed, other),
+             f"{note}, TRL {theirs['peak']:.1f} GiB")
+    else:
+        line("train: SFT, 40M, real tokens/s", f"{speed:,.0f}", note=note)
+
+
+def aligners(args, folder):
+    """(label, folder) of the aligner as it is and widened."""
+    import align
+    import model
+    small = align.Writer(args.aligner, args.device)
+    wide = folder / "wide"
+    names = dict(bos_token_id=small.llama.config.bos_token_id, eos_token_id=small.llama.config.eos_token_id,
+                 max_position_embeddings=small.llama.config.max_position_embeddings)
+    widen(model.Llama.from_pretrained(args.aligner), model.Config(**SIZE, **names)).save_pretrained(wide)
+    narrow = folder / "narrow"
+    model.Llama.from_pretrained(args.aligner).save_pretrained(narrow)
+    millions = sum(p.numel() for p in small.llama.parameters()) / 1e6
+    return small, [(f"{millions:.1f}M", narrow), ("40M", wide)]
+
+
+def dtype(args):
+    import model
+    return "bfloat16" if model.computes_bf16(args.device) else "float32"
+
+
+def bench_align(args, folder, rates):
+    writer, sizes = aligners(args, folder)
+    prompts = answer_prompts(writer, args)
+    job = {"prompts": prompts, "new_tokens": NEW_TOKENS, "dtype": dtype(args)}
+    for label, where in sizes:
+        runs = {batch: measure("align_ours", where, args, batch=batch, draft=15, **job) for batch in (32, 64)}
+        batch, ours = min(runs.items(), key=lambda item: item[1]["seconds"])
+        speed, note = len(prompts) / ours["seconds"], f"batch {batch}, {100 * ours['copied']:.0f} % copied"
+        theirs = {}
+        for size in (1, 16, 64) if args.peer else ():
+            few = {**job, "prompts": prompts[:8]} if size == 1 else job  # one at a time takes long, and 8 are enough
+            run = measure("align_transformers", where, args, peer=True, batch=size, **few)
+            if run:
+                theirs[size] = len(few["prompts"]) / run["seconds"], run["written"]
+        if not theirs:
+            line(f"align: {label}, answers/s", f"{speed:.2f}", note=note)
+            continue
+        best = max(theirs, key=lambda size: theirs[size][0])
+        same = sum(a == b for a, b in zip(ours["written"], theirs[best][1]))
+        line(f"align: {label}, answers/s", f"{speed:.2f}", f"{theirs[best][0]:.2f}", versus(speed, theirs[best][0]),
+             f"{note}; transformers best at {best}: "
+             + ", ".join(f"{size}: {rate:.2f}" for size, (rate, _) in theirs.items())
+             + f"; {same} of {len(theirs[best][1])} the same text")
+
+
+def bench_copy(args, folder, rates):
+    writer, sizes = aligners(args, folder)
+    found = embedded_prompts(writer, 600)
+    job = {"new_tokens": NEW_TOKENS, "dtype": dtype(args)}
+    written = measure("align_ours", sizes[0][1], args, batch=64, draft=15, prompts=[p for p, _ in found], **job)["written"]
+    chosen = [prompt for (prompt, answer), edit in zip(found, written) if 0.65 <= kept(answer, edit) <= 0.75]
+    for label, where in sizes:
+        for batch, count in ((1, 16), (16, 64)):
+            prompts = chosen[:count]
+            runs = {draft: measure("align_ours", where, args, batch=batch, draft=draft, prompts=prompts, **job)
+                    for draft in (0, 15)}
+            speeds = {draft: sum(map(len, run["written"])) / run["seconds"] for draft, run in runs.items()}
+            same = sum(a == b for a, b in zip(runs[0]["written"], runs[15]["written"]))
+            line(f"copy: {label}, batch {batch}, new tokens/s", f"{speeds[15]:,.0f}", f"{speeds[0]:,.0f}",
+                 versus(speeds[15], speeds[0]), f"{100 * runs[15]['copied']:.0f} % copied; {same} of {len(prompts)} the "
+                 "same text; against draft=0")
+
+
+def bench_decode(args, folder, rates):
+    import model
+    llama = model.Llama(model.Config(**SIZE)).to(args.device, getattr(torch, dtype(args)))
+    with torch.inference_mode():
+        cache = model.Cache(llama.config, 1, llama.lm_head.weight.dtype, args.device)
+        logits = model.prefill(llama, cache, [[5] * 128])
+
+        def step():
+            token = logits.argmax(-1)[None]
+            llama.lm_head(llama.hidden(token, cache.append([1])))
+        each = seconds(step, args.device, least=1.0)
+    read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
+    line("decode: 40M, one sequence, tokens/s", f"{1 / each:,.0f}",
+         note=f"{read / each / 1e9:.1f} GB/s of weights, {100 * read / each / rates['bytes']:.0f} % of the copy")
+
+
+def main():
+    args = ARGS
+    if args.job:
+        kind, _, folder = args.job.partition(":")
+        job = json.loads((Path(folder) / "job.json").read_text())
+        print("\n" + json.dumps(JOBS[kind](job, folder, job["device"])))
+        return
+    import data
+    import train
+    args.device = train.device_named(args.device).type
+    if {"align", "copy"} & set(args.parts) and not (Path(args.aligner) / "config.json").exists():
+        raise data.UserError(f"{args.aligner}: no aligner there; run `make train` first, or give --aligner")
+    if args.pairs and not args.tokenizer:
+        raise data.UserError("--pairs: give --tokenizer too, the tokenizer.json that its texts are to be cut with")
+    rates = machine(args.device)
+    line("", "ours", "peer", "ratio")
+    line("machine: bf16 matrix product, GFLOP/s", f"{rates['flops'] / 1e9:,.0f}")
+    line("machine: copy, GB/s", f"{rates['bytes'] / 1e9:,.1f}")
+    parts = {"train": bench_train, "align": bench_align, "copy": bench_copy, "decode": bench_decode}
+    for name, part in parts.items():
+        if name in args.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                part(args, Path(folder), rates)
+
+
+if __name__ == "__main__":
+    if ARGS.job:
+        main()  # under a peer's Python, which need not have what nanoalign needs
+    else:
+        import data
+        data.cli(main)
