@@ -7,9 +7,11 @@ MODEL      ?=
 DATA       ?=
 OBJECTIVES ?=
 POLICY     ?=
+# A Python that has transformers, datasets and trl, to be timed beside ours.
+PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train test align eval clean
+.PHONY: help setup train test align eval bench clean
 
 help:   ## this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -36,6 +38,9 @@ align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OB
 
 eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --judge-model NAME" on real data
 	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE)
+
+bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
+	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))
 
 test: setup  ## the tests
 	$(PY) -m pytest -q tests

@@ -435,36 +435,47 @@ class Cache:
 
     def append(self, counts, first=0):
         """Prepare for counts[r] further tokens of row first + r, one row's after another's."""
-        device = self.k[0].device
-        row, offset = places_of(counts)
+        device, (row, offset) = self.k[0].device, places_of(counts)
         before = torch.tensor(self.lengths[first:first + len(counts)])
-        self.fresh, self.counts = not before.any(), counts
         self.row, self.position = (first + row).to(device), (before[row] + offset).to(device)
         self.positions = self.position[None]
         for r, count in enumerate(counts):
             self.lengths[first + r] += count
         self.grow(max(self.lengths[first:first + len(counts)]))
-        # Attention is over rounded numbers of rows and new tokens: kernels are chosen, on a CPU built, per shape.
-        rows = min(rounded(len(counts)), len(self.lengths) - first)
-        self.rows, self.shape = slice(first, first + rows), (rows, rounded(max(counts)))
-        self.places = None if len(row) == rows * self.shape[1] else (row * self.shape[1] + offset).to(device)
-        if not self.fresh:
-            last = F.pad(before, (0, rows - len(before)))[:, None] + torch.arange(self.shape[1])
-            self.hidden = (torch.arange(self.room) > last[..., None]).to(device)     # (R, C, room)
+        self.prefill = None if before.any() else Packed(counts, device)
+        self.parts = [] if self.prefill else self.divide(torch.tensor(counts), before, first)
         return self
+
+    def divide(self, counts, before, first):
+        """Attention of few new tokens to many old ones: in one part on a GPU, its rows padded to the longest; on a CPU
+        first every row's first token, then each row's guessed tokens if it has any, which is twice as fast with 64
+        rows. The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape. A part is
+        (slice of rows, (R, C) which new tokens, (R, C, room) what is hidden from them)."""
+        starts, device = counts.cumsum(0) - counts, self.k[0].device
+
+        def part(row, rows, columns):
+            offset = torch.minimum(columns, counts[row:row + rows, None] - 1)        # too short: the last token again
+            here = slice(first + row, min(first + row + rounded(rows), len(self.lengths)))
+            hidden = torch.arange(self.room) > (before[row:row + rows, None] + offset)[..., None]
+            hidden = F.pad(hidden, (0, 0, 0, 0, 0, here.stop - here.start - rows))
+            return here, (starts[row:row + rows, None] + offset).to(device), hidden.to(device)
+
+        if device.type != "cpu":
+            return [part(0, len(counts), torch.arange(rounded(int(counts.max()))))]
+        return [part(0, len(counts), torch.arange(1))] + [part(row, 1, torch.arange(1, count))
+                                                          for row, count in enumerate(counts.tolist()) if count > 1]
 
     def __call__(self, layer, q, k, v):
         keys, values = self.k[layer], self.v[layer]
         keys[self.row, :, self.position] = k[0].to(keys.dtype)
         values[self.row, :, self.position] = v[0].to(values.dtype)
-        if self.fresh and q.device.type == "cpu":  # a prefill, as in Packed
-            texts = zip(*(x[0].split(self.counts) for x in (q, k, v)))
-            return torch.cat([cpu_attention(*text) for text in texts])[None]
-        q = as_rows(q, self.places, self.shape)                                      # (R, C, H, E)
-        if self.fresh:
-            k, v = as_rows(k, self.places, self.shape), as_rows(v, self.places, self.shape)
-            return as_one(sdpa(q, k, v, is_causal=True), self.places)
-        return as_one(cached_attention(q, keys[self.rows], values[self.rows], self.hidden), self.places)
+        if self.prefill:
+            return self.prefill(layer, q, k, v)
+        y = torch.empty_like(q[0])                                                   # (N, H, E)
+        for rows, which, hidden in self.parts:
+            asking = F.pad(q[0][which], (0, 0, 0, 0, 0, 0, 0, len(hidden) - len(which)))
+            y[which] = cached_attention(asking, keys[rows], values[rows], hidden)[:len(which)]
+        return y[None]
 
 
 def cached_attention(q, k, v, hidden):
