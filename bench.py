@@ -42,7 +42,7 @@ def arguments():
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
-    if not args.parts and not (Path(args.aligner) / "config.json").exists():
+    if not args.parts and not args.job and not (Path(args.aligner) / "config.json").exists():
         print(f"{args.aligner}: no aligner there, so no align and no copy; `make train` makes one", file=sys.stderr)
         args.parts = ["machine", "train", "decode"]
     args.parts = args.parts or PARTS

@@ -48,6 +48,7 @@ def arguments(argv=None):
         add("--" + name.replace("_", "-"), type=kind, default=getattr(options, name), metavar=kind.__name__.upper(),
             help=f"{text} (default {getattr(options, name)})", choices=["auto", "bf16", "fp32"] if kind is str else None)
     add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    add("--compile", action="store_true", help="let torch.compile fuse each block, which takes a minute or more at first")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
     for name, (lowest, highest) in RANGES.items():
@@ -74,6 +75,7 @@ class Options:
     precision: str = "auto"
     seed: int = 0
     checkpoint_activations: bool = False
+    compile: bool = False
 
 
 OPTION_HELP = [
@@ -256,6 +258,8 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
     out.mkdir(parents=True, exist_ok=True)
     device = llama.device
     llama.checkpoint_activations = options.checkpoint_activations
+    if options.compile:
+        compile_blocks(llama)
     state = load_state(out, stages, options, llama) if resume else None
     if state == "finished":
         print(f"{out}: finished already")
@@ -325,6 +329,14 @@ def make_optimizer(llama, options):
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+
+def compile_blocks(llama):
+    """Fuse the arithmetic of each block (torch.compile). Where there is no compiler, the blocks run as they are."""
+    import torch._dynamo
+    torch._dynamo.config.suppress_errors = True
+    for block in llama.model.layers:
+        block.compile(dynamic=True)
 
 
 def learning_rate(step, total, options):

@@ -490,7 +490,7 @@ BOTH_WAYS = pytest.mark.parametrize("in_turn", [True, False], ids=["in turn, as 
 
 def packed_logits(llama, tokens, in_turn):
     attend = Packed(LENGTHS, "cpu")
-    attend.in_turn = in_turn
+    attend.groups = model.groups_of(LENGTHS, "cpu", apart=in_turn)
     return llama.lm_head(llama.hidden(tokens[None], attend))[0]
 
 
@@ -608,7 +608,7 @@ def test_attention_written_out_for_bfloat16(heads, tokens):
     scores = torch.einsum("thc,shc->hts", q, k) / math.sqrt(8)
     past = torch.arange(tokens)[:, None] >= torch.arange(tokens)
     expected = torch.einsum("hts,shc->thc", scores.masked_fill(~past, -1e9).softmax(-1), v)
-    found = model.cpu_attention(*inputs)
+    found = model.causal_attention(*(x[None] for x in inputs))[0]
     gradient = torch.randn(expected.shape, generator=generator)
     expected.backward(gradient.double()), found.backward(gradient.bfloat16())
     for one, other in [(found, expected), *((x.grad, y.grad) for x, y in zip(inputs, exact))]:

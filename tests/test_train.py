@@ -313,6 +313,29 @@ def test_activation_checkpointing_changes_nothing(world, tmp_path):
     assert runs[0][0] == runs[1][0] and (runs[0][1], runs[1][1]) == (3, 6)  # each block is computed twice
 
 
+@pytest.mark.parametrize("compiler", ["found", "missing"])
+def test_compiled_equals_eager(world, tmp_path, compiler, caplog):
+    import shutil
+
+    import torch._dynamo
+    import torch._inductor.config as inductor
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runs = []
+    changes = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True} if compiler == "missing" else {}
+    with inductor.patch(changes):
+        for fused in (False, True):
+            options, llama = Options(**{**vars(FAST), "compile": fused, "precision": "fp32"}), tiny()
+            rows = train.train(llama, model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(12))],
+                               tmp_path / str(fused), options, progress=False)
+            runs.append([(row["loss"], row["grad_norm"]) for row in rows])
+    assert len(runs[0]) == 3
+    assert [value for row in runs[1] for value in row] == pytest.approx([v for row in runs[0] for v in row], rel=1e-4)
+    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] > 0 and ("WON'T CONVERT" in caplog.text) == bool(changes)
+
+
 def test_training_learns(world, tmp_path):
     """Over and over the same few examples: their loss goes to nearly nothing."""
     options = Options(lr=1e-2, batch=4, epochs=60.0, val_share=0.0, precision="bf16")
