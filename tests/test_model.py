@@ -703,8 +703,16 @@ def test_sampling_follows_its_seed_and_not_its_neighbours():
 LOOPS = [prompt * 6 for prompt in PROMPTS]  # texts that say the same again and again: much to copy
 
 
+class AsOnGPU(model.Cache):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.apart = False
+
+
+@pytest.mark.parametrize("cache", [model.Cache, AsOnGPU])
 @pytest.mark.parametrize("draft", [1, 3, 15, 100])
-def test_copying_writes_what_plain_greedy_decoding_writes(draft):
+def test_copying_writes_what_plain_greedy_decoding_writes(draft, cache, monkeypatch):
+    monkeypatch.setattr(model, "Cache", cache)
     llama = tiny(seed=3)
     for stop_ids in ((), (5, 11, 30)):
         expected = [greedy_by_hand(llama, prompt, 40, stop_ids) for prompt in LOOPS]
