@@ -470,6 +470,64 @@ def read_completions(path):
             yield {"prompt": row["prompt"], "completion": best["text"]}
 
 
+def read_preferences(path, principle=None):
+    """Yield {"prompt", "response_a", "response_b", "principle", "p_a"}: pairs of responses and the probability that the
+    first is the better one on a principle (None: whatever the file's rows say, and with them, which).
+
+    Files: what `reward.py label` writes; AlpacaEval's annotated outputs (a model's against the reference); pairs judged
+    by people (Auto-J); HH-RLHF's or TRL's pairs; rated rows, every two responses of which are compared on a score.
+    """
+    (_, first), source = first_and_all(records(path), path)
+    convert = next((convert for keys, convert in PREFERENCES if keys <= set(first)), None)
+    for where, row in source if convert else ():
+        for pair in convert(row, where):
+            if principle in (None, pair["principle"]) or pair["principle"] == "overall" and "principle" not in row:
+                yield pair
+    for row in read_rated(path, objective=principle or "overall") if not convert else ():
+        for a, b in itertools.combinations(row["responses"], 2):
+            for name in a["scores"].keys() & b["scores"].keys():
+                if principle in (None, name):
+                    difference = a["scores"][name] - b["scores"][name]
+                    yield preference(row["prompt"], a["text"], b["text"], name, (difference > 0) + 0.5 * (difference == 0))
+
+
+def preference(prompt, response_a, response_b, principle, p_a):
+    return {"prompt": prompt, "response_a": response_a, "response_b": response_b, "principle": principle, "p_a": p_a}
+
+
+def from_label(record, where):
+    texts = [field(record, key, where) for key in ("prompt", "response_a", "response_b")]
+    p_a = record["p_a"]
+    if type(p_a) not in (int, float) or not 0 <= p_a <= 1:
+        raise UserError(f"{where}: 'p_a' is {p_a!r}, not a probability; mend or remove the row")
+    yield preference(*texts, record.get("principle", "overall"), p_a)
+
+
+def from_alpaca_eval(record, where):
+    """Each model's response against the reference, by GPT-4-turbo's probability of preferring it."""
+    for response in field(record, "responses", where, dict).values():
+        p_a = response.get("gpt4_preference_over_reference") if isinstance(response, dict) else None
+        if p_a is None:
+            raise UserError(f"{where}: a response without 'gpt4_preference_over_reference'; mend or remove it")
+        row = {"prompt": record["prompt"], "response_a": response["text"], "response_b": record["reference"], "p_a": p_a}
+        yield from from_label(row, where)
+
+
+def from_auto_j(record, where):
+    """Label 0: people preferred the first; 1: the second; 2: neither."""
+    texts = [field(record, key, where) for key in ("prompt", "response 1", "response 2")]
+    if record["label"] not in (0, 1, 2):
+        raise UserError(f"{where}: 'label' is {record['label']!r}, not 0, 1 or 2; mend or remove the row")
+    yield preference(*texts, "overall", (1.0, 0.0, 0.5)[record["label"]])
+
+
+PREFERENCES = [  # the keys that tell a format, what makes rows of a record
+    ({"response_a", "response_b", "p_a"}, from_label),
+    ({"reference", "responses"}, from_alpaca_eval),
+    ({"response 1", "response 2", "label"}, from_auto_j),
+]
+
+
 def read_texts(path):
     """Yield texts to pretrain on: "text" of JSON Lines, or plain text's paragraphs, between blank lines."""
     first, source = first_and_all(lines(path), path)
@@ -683,8 +741,17 @@ def encode_rows(tokenizer, rows, bos_id, eos_id, max_tokens):
     return encoded
 
 
+def encode_preferences(tokenizer, rows, bos_id, eos_id, max_tokens):
+    """Of rows of read_preferences: (ids of prompt and response_a, then those of prompt and response_b; how many are the
+    first's; p_a), or None where one of them is over max_tokens."""
+    sides = [encode_rows(tokenizer, [{**row, "completion": row[side]} for row in rows], bos_id, eos_id, max_tokens)
+             for side in ("response_a", "response_b")]
+    return [a and b and (a[0] + b[0], len(a[0]), row["p_a"]) for a, b, row in zip(*sides, rows)]
+
+
 def encode_pairs(tokenizer, rows, bos_id, eos_id, max_tokens=None):
-    """encode_pair of rows {"prompt", "completion", "context"?}: (list of (ids, n_prompt), number dropped).
+    """encode_pair of rows {"prompt", "completion", "context"?}: (list of (ids, n_prompt), number dropped); of rows of
+    read_preferences, encode_preferences.
 
     The ids are arrays of 4 bytes each: as lists, UltraFeedback's would take tens of gigabytes.
     """
@@ -692,8 +759,9 @@ def encode_pairs(tokenizer, rows, bos_id, eos_id, max_tokens=None):
     rows, kept, dropped = iter(rows), [], 0
     with tqdm(desc="tokenise", unit=" examples", delay=2, disable=None) as bar:
         while chunk := list(itertools.islice(rows, 1000)):
-            encoded = encode_rows(tokenizer, chunk, bos_id, eos_id, max_tokens)
-            kept += [(array("i", pair[0]), pair[1]) for pair in encoded if pair is not None]
+            encode = encode_preferences if "p_a" in chunk[0] else encode_rows
+            encoded = encode(tokenizer, chunk, bos_id, eos_id, max_tokens)
+            kept += [(array("i", pair[0]), *pair[1:]) for pair in encoded if pair is not None]
             dropped += encoded.count(None)
             bar.update(len(chunk))
     return kept, dropped

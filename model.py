@@ -68,6 +68,7 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
+    num_labels: int = 0                     # 0: a language model; else so many scalar heads (a preference model: 1)
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -105,6 +106,8 @@ class Config:
             values["rope_theta"] = rope["rope_theta"]
         scaling = raw.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
         values["rope_scaling"] = scaling if scaling and rope_type(scaling) != "default" else None
+        if "LlamaForSequenceClassification" in (raw.get("architectures") or ()):
+            values.setdefault("num_labels", len(raw.get("id2label") or (0, 1)))
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         given = tuple(key for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None)
         wrong = [key for key in needed + given if not isinstance(values.get(key), int) or values[key] < 1]
@@ -261,13 +264,20 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if config.num_labels:
+            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.tie()
+        self.adapter = {}                        # of LoRA: rank, scale, base folder; see add_lora
         self.habits, self.tally = {}, Counter()  # of generate: how this model copies; tokens written, and copied
         self.frequencies = rope_frequencies(config)  # no buffer: .to(torch.bfloat16) must leave it in fp32
-        if self.lm_head.weight.device.type != "meta":
+        if self.device.type != "meta":
             self.initialise(seed)
+
+    def tie(self):
+        if self.config.tie_word_embeddings and not self.config.num_labels:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def initialise(self, seed):
         """Scaled normal weights, drawn from `seed`. Attention starts by mimicking what training finds (Trockman and
@@ -284,7 +294,7 @@ class Llama(nn.Module):
 
     @property
     def device(self):
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     def forward(self, tokens, lengths=None):
         """Logits (B, T, V) of tokens (B, T). With `lengths` (ints that sum to B*T) the flattened rows are documents
@@ -309,14 +319,23 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     @staticmethod
-    def from_pretrained(folder, dtype=torch.float32, device="cpu"):
-        """Load a Hugging Face Llama folder: model.safetensors, its shards by index, or pytorch_model*.bin."""
-        return load_checkpoint(folder, dtype, device)
+    def from_pretrained(folder, dtype=torch.float32, device="cpu", scorer=False):
+        """Load a Hugging Face Llama folder: model.safetensors, its shards by index, or pytorch_model*.bin; or an adapter
+        in PEFT's format, which is merged into the model that it names. scorer: a model with a scalar head instead of
+        words; made of a language model, its head gives zero until it is trained."""
+        if not is_adapter(folder):
+            return load_checkpoint(folder, dtype, device, scorer)
+        llama = load_checkpoint(base_of(folder), dtype, device, scorer)
+        load_adapters(llama, [folder])
+        return merge_lora(llama)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, so that `transformers` loads them; each file is put in place
-        whole, the configuration last."""
-        save_checkpoint(self, folder)
+        whole, the configuration last. Of a model with LoRA, the adapter alone, as `peft` loads it."""
+        if self.adapter:
+            save_adapter(self, folder)
+        else:
+            save_checkpoint(self, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -357,9 +376,9 @@ class Causal:
 
 
 class Packed:
-    """Documents of the given lengths one after another in a single row (B = 1): no padding anywhere but inside the
-    attention itself, where each document is laid out as a row of its own, padded on the right to its group's longest.
-    Causality hides that padding, so no mask is needed and the fast kernels apply."""
+    """Documents of the given lengths one after another, the same in each of the B rows (one, but for several adapters):
+    no padding anywhere but inside the attention itself, where each document is laid out as a row of its own, padded on
+    the right to its group's longest. Causality hides that padding, so no mask is needed and the fast kernels apply."""
 
     def __init__(self, lengths, device):
         self.lengths = torch.as_tensor(lengths).tolist()
@@ -370,7 +389,7 @@ class Packed:
         y = []
         for start, end, places, shape in self.groups:
             rows = [as_rows(x[:, start:end], places, shape) for x in (q, k, v)]
-            y.append(as_one(causal_attention(*rows), places))
+            y.append(as_one(causal_attention(*rows), places, len(q)))
         return y[0] if len(y) == 1 else torch.cat(y, dim=1)
 
 
@@ -404,14 +423,14 @@ def rounded(count):
 
 
 def as_rows(x, places, shape):
-    """Tokens one after another (1, N, h, E) as rows (R, T, h, E), padded with zeros."""
-    padded = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
-    return padded.index_copy(0, places, x[0]).view(*shape, *x.shape[2:])
+    """Tokens one after another (B, N, h, E) as rows (B * R, T, h, E), padded with zeros."""
+    padded = x.new_zeros(len(x), shape[0] * shape[1], *x.shape[2:])
+    return padded.index_copy(1, places, x).view(-1, shape[1], *x.shape[2:])
 
 
-def as_one(x, places):
-    """The inverse of as_rows."""
-    return x.flatten(0, 1).index_select(0, places)[None]
+def as_one(x, places, rows):
+    """The inverse of as_rows, for B = rows."""
+    return x.reshape(rows, -1, *x.shape[2:]).index_select(1, places)
 
 
 class Cache:
@@ -504,13 +523,15 @@ def cached_attention(q, k, v, hidden):
 KEEP = 2**25  # logits, in number: up to so many are kept for the backward pass (about 300 MB), more are recomputed
 
 
-def token_logprobs(llama, tokens, lengths, targets, chunk=512):
+def token_logprobs(llama, tokens, lengths, targets, chunk=512, hidden=None):
     """Log-probability of the chosen tokens, each given the tokens of its document before it.
 
     tokens (N,): documents packed one after another, of `lengths`; targets (N,) bool: which tokens to score, never a
     document's first. Gives (targets.sum(),) in fp32, in order. Logits exist for the chosen tokens only, `chunk` rows
-    at a time; where they are more than KEEP, they are computed again in the backward pass rather than kept."""
-    hidden = llama.hidden(tokens[None], Packed(lengths, tokens.device))[0]           # (N, D)
+    at a time; where they are more than KEEP, they are computed again in the backward pass rather than kept. hidden
+    (N, D): the final hidden states, where they are known already."""
+    if hidden is None:
+        hidden = llama.hidden(tokens[None], Packed(lengths, tokens.device))[0]       # (N, D)
     where = targets.nonzero()[:, 0]
     hidden, wanted = hidden.index_select(0, where - 1), tokens[where]                # the token before predicts
 
@@ -520,6 +541,17 @@ def token_logprobs(llama, tokens, lengths, targets, chunk=512):
     again = torch.is_grad_enabled() and len(where) * llama.config.vocab_size > KEEP
     return torch.cat([checkpoint(score, h, t, use_reentrant=False) if again else score(h, t)
                       for h, t in zip(hidden.split(chunk), wanted.split(chunk))])
+
+
+def document_scores(llama, tokens, lengths):
+    """What a preference model gives each document, read at its last token: (K, documents) in fp32.
+
+    tokens (N,): documents packed one after another, of `lengths`. K is the number of heads: 1, or that of the adapters
+    that load_adapters has put side by side, each of which computes its own hidden states."""
+    rows = len(llama.score.weight)
+    hidden = llama.hidden(tokens.expand(rows, -1), Packed(lengths, tokens.device))   # (K, N, D)
+    last = torch.as_tensor(lengths, device=tokens.device).cumsum(0) - 1
+    return torch.einsum("knd,kd->kn", hidden[:, last].float(), llama.score.weight.float())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -715,6 +747,165 @@ def sample(logits, chance, temperature, top_k=None, top_p=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Low-rank adapters (LoRA: Hu et al., arXiv 2106.09685), in the format of `peft`
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer with K adapters side by side: row b of x (B, T, in) goes through W + scale * B_k A_k, with
+    k = b, or through the only adapter there is. Starts as the layer it replaces, whose weights it takes over."""
+
+    def __init__(self, linear, rank, scale, count=1):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, scale
+        self.weight, self.bias = linear.weight, linear.bias
+        where = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.zeros(count, rank, self.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(count, self.out_features, rank, **where))
+
+    def forward(self, x):
+        low = x @ self.lora_A.transpose(1, 2).to(x.dtype)                            # (B, T, rank)
+        return F.linear(x, self.weight, self.bias) + low @ (self.scale * self.lora_B.transpose(1, 2)).to(x.dtype)
+
+    def merged(self):
+        """The same function as a plain layer."""
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, device="meta")
+        change = self.scale * self.lora_B[0] @ self.lora_A[0]
+        linear.weight = nn.Parameter((self.weight.float() + change).to(self.weight.dtype).detach())
+        linear.bias = self.bias
+        return linear
+
+
+def add_lora(llama, rank, base, alpha=None, seed=0):
+    """Freeze a Llama and give each of its projections an adapter to train, A random and B zero; a scalar head is trained
+    too. base: the folder that holds the frozen weights; alpha (default 2 * rank) over rank is the adapters' scale."""
+    alpha, generator = alpha or 2 * rank, torch.Generator().manual_seed(seed)
+    llama.adapter = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": str(base)}
+    for name, parameter in llama.named_parameters():
+        parameter.requires_grad_(name == "score.weight")
+    for name, linear in projections(llama):
+        layer = LoraLinear(linear, rank, alpha / rank)
+        layer.lora_A.data.copy_(torch.randn(layer.lora_A.shape, generator=generator) * linear.in_features ** -0.5)
+        replace(llama, name, layer)
+    return llama
+
+
+def projections(llama):
+    """(name, layer) of every linear layer of the blocks."""
+    return [(name, module) for name, module in llama.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith("model.layers.")]
+
+
+def replace(llama, name, layer):
+    parent, _, leaf = name.rpartition(".")
+    setattr(llama.get_submodule(parent), leaf, layer)
+
+
+def merge_lora(llama):
+    """Turn a Llama with one adapter into a plain one that computes the same."""
+    for name, layer in projections(llama):
+        if isinstance(layer, LoraLinear):
+            replace(llama, name, layer.merged())
+    llama.adapter = {}
+    return llama.requires_grad_(True)
+
+
+def load_adapters(llama, folders):
+    """Put adapters side by side on one Llama: row k of what it computes from then on is adapter k's. They may differ
+    in rank and in the layers that they change."""
+    read = [read_adapter(folder) for folder in folders]
+    known = dict(projections(llama))
+    for name in sorted({name for layers, _, _ in read for name in layers}):
+        if name not in known:
+            raise UserError(f"{folders[0]}: has an adapter for {name}, which its base lacks; is it for this model?")
+        rank = max(len(layers[name][0]) for layers, _, _ in read if name in layers)
+        layer = LoraLinear(known[name], rank, 1.0, len(read))
+        for k, (layers, scale, _) in enumerate(read):
+            a, b = layers.get(name, (layer.lora_A[k, :0], layer.lora_B[k, :, :0]))
+            if a.size(1) != layer.in_features or b.size(0) != layer.out_features:
+                raise UserError(f"{folders[k]}: the adapter of {name} does not fit the base's {known[name]}; is it for "
+                                "this model?")
+            layer.lora_A.data[k, :len(a)] = a
+            layer.lora_B.data[k, :, :len(a)] = scale * b
+        replace(llama, name, layer)
+    heads = [head for _, _, head in read if head is not None]
+    if heads and len(heads) == len(read) and llama.config.num_labels:
+        llama.score = nn.Linear(llama.config.hidden_size, len(heads), bias=False, device=llama.device)
+        llama.score.weight = nn.Parameter(torch.cat(heads).to(llama.device))
+    return llama
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def adapter_config(folder):
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as LoRA's configuration ({first_line(error)}); copy it again")
+    neutral = {"peft_type": ("LORA",), "use_dora": (False,), "bias": ("none",), "fan_in_fan_out": (False,),
+               "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,)}
+    wrong = [f"{key} = {config[key]!r}" for key, values in neutral.items() if config.get(key) not in (None, *values)]
+    if wrong:
+        raise UserError(f"{path}: asks for what model.py does not compute: {'; '.join(wrong)}; use plain LoRA")
+    return config, alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+def base_of(folder):
+    """The folder of the model that an adapter belongs to: as its configuration says, or beside the adapter."""
+    named = str(adapter_config(folder)[0].get("base_model_name_or_path") or "")
+    places = [Path(named), Path(folder).parent / named, Path(folder).parent / Path(named).name]
+    found = next((place for place in places if named and (place / "config.json").exists()), None)
+    if found is None:
+        raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path {named!r} is no folder here; put the "
+                        "base model there")
+    return found
+
+
+def read_adapter(folder):
+    """({layer: (A (r, in), B (out, r))}, scale, the scalar head (1, D) or None) of a folder in PEFT's format."""
+    _, scale = adapter_config(folder)
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.exists():
+        raise UserError(f"{path}: not found; an adapter is that file and adapter_config.json")
+    shapes, read = open_weights(path)
+    layers, head, other = {}, None, []
+    for key in shapes:
+        name, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            layers.setdefault(name, {})[part[0]] = read(key).float()
+        elif name == "score.weight":
+            head = read(key).float()
+        else:
+            other.append(key)
+    if other or not all(set(pair) == {"A", "B"} for pair in layers.values()):
+        raise UserError(f"{path}: holds more than LoRA of projections and a scalar head: {', '.join(other[:5])}")
+    return {name: (pair["A"], pair["B"]) for name, pair in layers.items()}, scale, head
+
+
+def save_adapter(llama, folder):
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [(name, layer) for name, layer in projections(llama) if isinstance(layer, LoraLinear)]
+    weights = {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}").detach()[0].contiguous()
+               for name, layer in layers for part in "AB"}
+    scorer = bool(llama.config.num_labels)
+    if scorer:
+        weights["base_model.model.score.weight"] = llama.score.weight.detach()
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scorer else "CAUSAL_LM", **llama.adapter,
+              "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}), "lora_dropout": 0.0,
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "modules_to_save": ["score"] if scorer else None}
+    write_whole(folder / "adapter_model.safetensors",
+                lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_whole(folder / "adapter_config.json",
+                lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Checkpoints in Hugging Face's layout
 
 
@@ -773,10 +964,14 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_checkpoint(folder, dtype, device):
+def load_checkpoint(folder, dtype, device, scorer=False):
     folder = Path(folder)
     files = checkpoint_files(folder)
     config = Config.read(folder / "config.json")
+    if config.num_labels and not scorer:
+        raise UserError(f"{folder}: is a preference model, which writes no words; give a language model")
+    fresh = scorer and not config.num_labels
+    config.num_labels = config.num_labels or int(scorer)
     with torch.device("meta"):
         llama = Llama(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in llama.named_parameters()}
@@ -784,7 +979,9 @@ def load_checkpoint(folder, dtype, device):
     for path in files:
         shapes, read = open_weights(path)
         found.update({name: (shape, read) for name, shape in shapes.items()})
-    ignorable = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    ignorable = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings or fresh else ())
+    if fresh:
+        found["score.weight"] = wanted["score.weight"], lambda _: torch.zeros(wanted["score.weight"])
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted and not name.endswith(ignorable)]
     problems += [f"{name} is {found[name][0]}, config.json says {shape}" for name, shape in wanted.items()
@@ -797,8 +994,7 @@ def load_checkpoint(folder, dtype, device):
         module, _, leaf = name.rpartition(".")
         tensor = found[name][1](name).to(device=device, dtype=dtype, copy=True)
         setattr(llama.get_submodule(module), leaf, nn.Parameter(tensor))
-    if config.tie_word_embeddings:
-        llama.lm_head.weight = llama.model.embed_tokens.weight
+    llama.tie()
     return llama
 
 
@@ -809,8 +1005,12 @@ def save_checkpoint(llama, folder):
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach().contiguous() for name, parameter in llama.named_parameters()}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-              "torch_dtype": str(llama.lm_head.weight.dtype).removeprefix("torch."),
+              "torch_dtype": str(llama.model.embed_tokens.weight.dtype).removeprefix("torch."),
               **dataclasses.asdict(llama.config)}
+    if labels := config.pop("num_labels"):  # transformers reads the score at the last token that is not padding
+        config.update(architectures=["LlamaForSequenceClassification"], pad_token_id=llama.config.bos_token_id,
+                      id2label={str(i): f"LABEL_{i}" for i in range(labels)},
+                      label2id={f"LABEL_{i}": i for i in range(labels)})
 
     def write_weights(path):
         try:

@@ -43,18 +43,30 @@ def arguments(argv=None):
         help="part of the equal-preference pairs used for the warm-up step (default 0.1)")
     add("--replay", nargs="+", default=[], metavar="FILE", help="pretraining texts mixed into an aligner's batches")
     add("--replay-share", type=float, default=0.15, metavar="SHARE", help="their share of a batch (default 0.15)")
-    options = Options()
-    for name, kind, text in OPTION_HELP:
-        add("--" + name.replace("_", "-"), type=kind, default=getattr(options, name), metavar=kind.__name__.upper(),
-            help=f"{text} (default {getattr(options, name)})", choices=["auto", "bf16", "fp32"] if kind is str else None)
-    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
-    add("--compile", action="store_true", help="let torch.compile fuse each block, which takes a minute or more at first")
-    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    add_options(parser, Options(), OPTION_HELP)
+    add("--merge", action="store_true", help="with --lora-rank: write a whole model instead of an adapter")
     args = parser.parse_args(argv)
-    for name, (lowest, highest) in RANGES.items():
-        if not lowest <= getattr(args, name) <= highest:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {lowest} to {highest}")
+    check_ranges(parser, args)
     return args
+
+
+def add_options(parser, options, texts):
+    """A flag for each number of `options`, with its help in `texts` [(name, type, help)], and the switches."""
+    for name, kind, text in texts:
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=getattr(options, name),
+                            metavar=kind.__name__.upper(), help=f"{text} (default {getattr(options, name)})",
+                            choices=["auto", "bf16", "fp32"] if kind is str else None)
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="recompute blocks in the backward pass: less memory")
+    parser.add_argument("--compile", action="store_true",
+                        help="let torch.compile fuse each block, which takes a minute or more at first")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+
+
+def check_ranges(parser, args):
+    for name, (lowest, highest) in RANGES.items():
+        if hasattr(args, name) and not lowest <= getattr(args, name) <= highest:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {lowest} to {highest}")
 
 
 @dataclass
@@ -74,6 +86,7 @@ class Options:
     save_seconds: float = 300.0
     precision: str = "auto"
     seed: int = 0
+    lora_rank: int = 0
     checkpoint_activations: bool = False
     compile: bool = False
 
@@ -88,13 +101,16 @@ OPTION_HELP = [
     ("max_steps", int, "stop after so many, in each step of an aligner; 0: after the epochs"),
     ("val_share", float, "share of the prompts held out for validation"),
     ("val_every", int, "steps between validations"), ("save_seconds", float, "seconds between saved states"),
-    ("precision", str, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"), ("seed", int, "orders the examples"),
+    ("precision", str, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"),
+    ("lora_rank", int, "train low-rank adapters of this rank, the rest frozen; 0: train everything"),
+    ("seed", int, "orders the examples"),
 ]
 RANGES = {  # what is refused at once, rather than after the data has been read
     "lr": (0, 10), "weight_decay": (0, 10), "warmup": (0, 1), "epochs": (1e-9, 1e9), "batch": (1, 10**9),
     "max_tokens": (2, 10**9), "micro_tokens": (1, 10**9), "clip": (1e-9, 1e9), "max_steps": (0, 10**12),
     "val_share": (0, 0.99), "val_every": (1, 10**12), "warmup_data": (0, 1), "replay_share": (0, 0.99),
     "save_seconds": (0, 1e9), "seed": (0, 2**60),
+    "lora_rank": (0, 10**6),
 }
 
 if __name__ == "__main__":
@@ -147,6 +163,11 @@ def identity_rows(paths, seed=0, share=0.1):
     return [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in rows]
 
 
+def preference_rows(paths, principle=None, **_):
+    """Pairs of responses with the probability that the first is better (MORLAIF, AI feedback)."""
+    return [row for path in paths for row in data.read_preferences(path, principle)]
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Methods: loss functions. Each takes a packed batch and gives the summed loss over its targets.
 
@@ -156,6 +177,14 @@ def cross_entropy(llama, batch):
     return -model.token_logprobs(llama, batch.tokens, batch.lengths, batch.targets).sum()
 
 
+def bradley_terry(llama, batch):
+    """Cross-entropy of the labels against P(a better) = sigmoid(score_a - score_b), summed over the pairs (Bradley and
+    Terry 1952; with soft labels, as in MORLAIF's preference models)."""
+    scores = model.document_scores(llama, batch.tokens, batch.lengths)[0][batch.pairs]   # (pairs, 2)
+    return torch.nn.functional.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], batch.labels,
+                                                                reduction="sum")
+
+
 STAGES = {  # name -> (data function, loss function)
     "pretrain": (pretraining_rows, cross_entropy),
     "sft": (sft_rows, cross_entropy),
@@ -163,6 +192,7 @@ STAGES = {  # name -> (data function, loss function)
     "partner": (partner_rows, cross_entropy),
     "equal": (equal_rows, cross_entropy),
     "better": (better_rows, cross_entropy),
+    "reward": (preference_rows, bradley_terry),  # reward.py trains one for each principle
 }
 
 
@@ -172,7 +202,8 @@ STAGES = {  # name -> (data function, loss function)
 
 @dataclass
 class Stage:
-    """One run of the loop: a name, examples [(ids, n_prompt)], held-out ones, texts to mix in, a loss."""
+    """One run of the loop: a name, examples [(ids, n_prompt)] or, of pairs, [(ids of both, n_first, label)], held-out
+    ones, texts to mix in, a loss."""
     name: str
     examples: list
     held_out: list = field(default_factory=list)
@@ -183,10 +214,13 @@ class Stage:
 
 @dataclass
 class Batch:
-    """Examples packed one after another: tokens (N,), targets (N,) bool, lengths per example."""
+    """Examples packed one after another: tokens (N,), targets (N,) bool (what the loss is a mean over), lengths per
+    document. Of pairs: which two documents (P, 2), and labels (P,)."""
     tokens: torch.Tensor
     targets: torch.Tensor
     lengths: list
+    pairs: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
 
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
@@ -204,7 +238,8 @@ def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0)
               "without their oldest turns (see --max-tokens)")
     if not examples:
         raise UserError(f"{name}: no example to train on ({len(rows)} rows read); check --data, --max-tokens, --val-share")
-    longest = max(len(ids) for ids, _ in examples)
+    longest = max(max(len(example[0]) - example[1], example[1]) if len(example) == 3 else len(example[0])
+                  for example in examples)
     if longest > config.max_position_embeddings:
         print(f"{name}: the model's context grows from {config.max_position_embeddings} tokens to {longest}")
         config.max_position_embeddings = longest
@@ -234,15 +269,33 @@ def examples_of(stage, step, options):
 def pack(examples, micro_tokens, device):
     """Batches of at most micro_tokens tokens (an example that is longer gets its own), lengths alike side by side."""
     groups, size = [[]], 0
-    for ids, n_prompt in sorted(examples, key=lambda example: len(example[0])):
-        if groups[-1] and size + len(ids) > micro_tokens:
+    for example in sorted(examples, key=lambda example: len(example[0])):
+        if groups[-1] and size + len(example[0]) > micro_tokens:
             groups, size = groups + [[]], 0
-        groups[-1].append((ids, n_prompt))
-        size += len(ids)
+        groups[-1].append(example)
+        size += len(example[0])
     for group in groups:
+        if len(group[0]) == 3:
+            yield pack_pairs(group, device)
+            continue
         tokens = torch.tensor([token for ids, _ in group for token in ids])
         targets = torch.cat([torch.arange(len(ids)) >= max(n_prompt, 1) for ids, n_prompt in group])
         yield Batch(tokens.to(device), targets.to(device), [len(ids) for ids, _ in group])
+
+
+def pack_pairs(group, device):
+    """A batch of pairs, both documents of each in it, documents of like length side by side."""
+    documents = [part for ids, first, _ in group for part in (ids[:first], ids[first:])]
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    lengths = [len(documents[i]) for i in order]
+    tokens = torch.tensor([token for i in order for token in documents[i]])
+    place = torch.empty(len(order), dtype=torch.long)
+    place[order] = torch.arange(len(order))
+    pairs = place.view(-1, 2)
+    targets = torch.zeros(len(tokens), dtype=torch.bool)
+    targets[torch.tensor(lengths).cumsum(0)[pairs[:, 0]] - 1] = True  # one for each pair
+    labels = torch.tensor([label for _, _, label in group], dtype=torch.float32)
+    return Batch(tokens.to(device), targets.to(device), lengths, pairs.to(device), labels.to(device))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -265,7 +318,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
         print(f"{out}: finished already")
         return read_metrics(out)
     if state:
-        llama.load_state_dict(state["model"])
+        llama.load_state_dict(state["model"], strict=False)  # with LoRA, it holds the adapters alone
     else:
         forget(out)
     metrics = open_metrics(out, state["metrics_bytes"] if state else 0)
@@ -295,7 +348,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
                     part.backward()
                     loss = loss + part.detach()
                     tokens += len(batch.tokens)
-                norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
+                norm = torch.nn.utils.clip_grad_norm_(trained(llama).values(), options.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 now = time.perf_counter()
@@ -323,9 +376,14 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
     return read_metrics(out)
 
 
+def trained(llama):
+    """What is trained, by name: all parameters, but for LoRA."""
+    return {name: parameter for name, parameter in llama.named_parameters() if parameter.requires_grad}
+
+
 def make_optimizer(llama, options):
     """AdamW, decay on matrices only, the update fused into one kernel."""
-    parameters = list(llama.parameters())
+    parameters = trained(llama).values()
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
@@ -393,15 +451,20 @@ def open_metrics(out, keep):
     return metrics
 
 
+FINISHED = ("config.json", "adapter_config.json")  # the last file that a finished run writes
+
+
 def forget(out):
     """Remove what an earlier run into the same folder would make --resume believe."""
     (out / "state.pt").unlink(missing_ok=True)
     if (out / "metrics.jsonl").exists():
-        (out / "config.json").unlink(missing_ok=True)
+        for name in FINISHED:
+            (out / name).unlink(missing_ok=True)
 
 
 def save_state(out, llama, optimizer, stages, stage, step, tokens, seconds, metrics, options):
-    state = {"model": llama.state_dict(), "optimizer": optimizer.state_dict(), "stage": stage, "step": step,
+    weights = {name: parameter.detach() for name, parameter in trained(llama).items()}
+    state = {"model": weights, "optimizer": optimizer.state_dict(), "stage": stage, "step": step,
              "tokens": tokens, "seconds": seconds, "metrics_bytes": os.fstat(metrics.fileno()).st_size,
              "options": vars(options), "plan": plan(stages)}
 
@@ -415,25 +478,27 @@ def save_state(out, llama, optimizer, stages, stage, step, tokens, seconds, metr
 
 def plan(stages):
     """What is trained on, in figures: a resumed run must find the same."""
+    def figures(pool):
+        return [len(pool), sum(len(example[0]) for example in pool), sum(sum(example[2:]) for example in pool)]
     return [[stage.name, stage.replay_share if stage.replay else 0.0]
-            + [[len(pool), sum(len(ids) for ids, _ in pool)] for pool in (stage.examples, stage.held_out, stage.replay)]
-            for stage in stages]
+            + [figures(pool) for pool in (stage.examples, stage.held_out, stage.replay)] for stage in stages]
 
 
 def load_state(out, stages, options, llama):
     """What save_state wrote; None to begin at the beginning; "finished" when there is nothing left to do."""
     path = out / "state.pt"
     if not path.exists():
-        return "finished" if (out / "config.json").exists() and (out / "metrics.jsonl").exists() else None
+        written = any((out / name).exists() for name in FINISHED)
+        return "finished" if written and (out / "metrics.jsonl").exists() else None
     try:
         state = torch.load(path, map_location=llama.device, weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: cannot be read ({model.first_line(error)}); delete it to start again")
     schedule = ("lr", "weight_decay", "warmup", "epochs", "batch", "max_tokens", "clip", "max_steps", "val_share",
-                "precision", "seed")
-    changed = [key for key in schedule if state["options"][key] != getattr(options, key)]
+                "precision", "lora_rank", "seed")
+    changed = [key for key in schedule if state["options"].get(key) != getattr(options, key)]
     changed += ["data or steps"] if state.get("plan") != plan(stages) else []
-    shapes = {name: tensor.shape for name, tensor in llama.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in trained(llama).items()}
     changed += ["model"] if shapes != {name: tensor.shape for name, tensor in state["model"].items()} else []
     if changed:
         raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume, or "
@@ -451,7 +516,7 @@ def main():
     device = device_named(args.device)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise UserError(f"{args.out}: is the model to start from; choose another --out")
-    llama = start_from(args.model, args.stage, device, options.seed)
+    llama = start_from(args.model, args.stage, device, options)
     tokenizer = model.load_tokenizer(args.model, llama)
     replay = [text for path in args.replay for text in data.read_texts(path)]
     names = args.steps if args.stage == "aligner" else [args.stage]
@@ -465,6 +530,10 @@ def main():
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters on {device}; "
           + ", ".join(f"{s.name}: {len(s.examples):,} examples, {steps_in(s, options):,} steps" for s in stages))
     rows = train(llama, tokenizer, stages, args.out, options, args.resume)
+    if args.merge and model.is_adapter(args.out):
+        model.Llama.from_pretrained(args.out).save_pretrained(args.out)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (Path(args.out) / name).unlink()
     for stage in stages:
         losses = [row["val_loss"] for row in rows if row["stage"] == stage.name and "val_loss" in row]
         if losses:
@@ -480,12 +549,19 @@ def device_named(name):
         raise UserError(f"--device {name}: cannot be used here ({model.first_line(error)}); give cpu, or leave it out")
 
 
-def start_from(folder, stage, device, seed):
-    """The model in a folder; for pretraining, one from scratch where the folder has a configuration alone."""
+def start_from(folder, stage, device, options):
+    """The model in a folder, with a scalar head for preferences and with LoRA where it is wanted; for pretraining, one
+    from scratch where the folder has a configuration alone."""
     weights = list(Path(folder).glob("*.safetensors")) + list(Path(folder).glob("*.bin"))
     if stage == "pretrain" and not weights and (Path(folder) / "config.json").exists():
-        return model.Llama(model.Config.read(Path(folder) / "config.json"), seed).to(device)
-    return model.Llama.from_pretrained(folder, device=device)
+        return model.Llama(model.Config.read(Path(folder) / "config.json"), options.seed).to(device)
+    if not options.lora_rank:
+        return model.Llama.from_pretrained(folder, device=device, scorer=stage == "reward")
+    if model.is_adapter(folder):
+        raise UserError(f"{folder}: is an adapter itself; merge it into its base first (--merge when it is trained)")
+    frozen = torch.bfloat16 if device.type == "cuda" and model.computes_bf16(device) else torch.float32
+    llama = model.Llama.from_pretrained(folder, frozen, device, scorer=stage == "reward")
+    return model.add_lora(llama, options.lora_rank, folder, seed=options.seed)
 
 
 if __name__ == "__main__":

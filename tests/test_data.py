@@ -710,3 +710,52 @@ def test_help_needs_neither_torch_nor_numpy():
     code = "import sys, data; print(sorted({'torch', 'numpy', 'tokenizers', 'tqdm'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert result.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------- preferences
+
+def test_preferences_are_read_from_labels_with_their_principle(tmp_path):
+    rows = [data.preference("q", "x", "y", "helpfulness", 0.7), data.preference("q", "x", "y", "detail", 0.2)]
+    path = tmp_path / "labels.jsonl"
+    data.write_jsonl(path, rows)
+    assert list(data.read_preferences(path)) == rows
+    assert list(data.read_preferences(path, "detail")) == rows[1:]
+
+
+def test_rated_responses_become_preferences_by_their_scores(tmp_path):
+    path = tmp_path / "rated.jsonl"
+    responses = [{"text": text, "scores": {"helpful": score}} for text, score in (("a", 1), ("b", 3), ("c", 1))]
+    data.write_jsonl(path, [{"prompt": "q", "responses": responses}])
+    found = [(row["response_a"], row["response_b"], row["p_a"]) for row in data.read_preferences(path, "helpful")]
+    assert found == [("a", "b", 0.0), ("a", "c", 0.5), ("b", "c", 1.0)]
+
+
+def test_chosen_and_rejected_are_a_preference(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    data.write_jsonl(path, [{"prompt": "q", "chosen": "good", "rejected": "bad"}])
+    assert list(data.read_preferences(path)) == [data.preference("q", "good", "bad", "overall", 1.0)]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": 1.5}, "p_a"),
+    ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": "1"}, "p_a"),
+    ({"prompt": "q", "response_a": "x", "response_b": 3, "p_a": 1}, "response_b"),
+    ({"prompt": "q", "response 1": "x", "response 2": "y", "label": 3}, "label"),
+    ({"prompt": "q", "reference": "x", "responses": {"m": {"text": "y"}}}, "gpt4_preference"),
+    ({"prompt": "q", "reference": "x", "responses": ["y"]}, "responses"),
+])
+def test_broken_preferences_are_named_with_their_line(tmp_path, row, said):
+    path = tmp_path / "labels.jsonl"
+    good = {key: (0 if key == "label" else 0.5 if key == "p_a" else {} if key == "responses" else "t") for key in row}
+    data.write_jsonl(path, [good, row])
+    with pytest.raises(UserError, match=rf"labels\.jsonl:2: .*{said}"):
+        list(data.read_preferences(path))
+
+
+def test_real_preferences(shared):
+    """AlpacaEval's 12 responses to 805 prompts; Auto-J's published counts of labels."""
+    rows = list(data.read_preferences(shared / "data/alpaca_eval/rated.jsonl.gz"))
+    assert len({row["prompt"] for row in rows}) == 805 and len(rows) == 805 * 12 - 4  # one model lacks four
+    assert all(0 <= row["p_a"] <= 1 for row in rows)
+    rows = list(data.read_preferences(shared / "data/auto-j/human-pairwise.jsonl.gz"))
+    assert len(rows) == 1392 and {row["p_a"] for row in rows} == {0.0, 0.5, 1.0}

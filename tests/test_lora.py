@@ -1,0 +1,284 @@
+"""Low-rank adapters and scalar heads: against plain layers, against peft and transformers, and through training."""
+import json
+
+import pytest
+import torch
+
+import data
+import model
+import toy
+import train
+from data import UserError
+from train import Options
+
+SIZES = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+LENGTHS = [7, 3, 12, 5]
+
+
+def tokens(seed=0, count=sum(LENGTHS)):
+    return torch.randint(2, 90, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def stir(llama, seed=1):
+    """Give every adapter and head weights that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in llama.named_parameters():
+        if "lora_" in name or name == "score.weight":
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return llama
+
+
+@pytest.fixture
+def base(tmp_path):
+    model.Llama(model.Config(**SIZES), 3).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapter(base, seed, rank=4, scorer=True):
+    """A folder with a random adapter for the base."""
+    llama = model.Llama.from_pretrained(base, scorer=scorer)
+    stir(model.add_lora(llama, rank, base), seed).save_pretrained(base.parent / f"adapter-{seed}")
+    return base.parent / f"adapter-{seed}"
+
+
+def test_an_adapter_starts_as_the_model_itself_and_is_all_that_is_trained(base):
+    plain, llama = model.Llama.from_pretrained(base), model.add_lora(model.Llama.from_pretrained(base), 4, base)
+    assert torch.equal(llama(tokens()[None]), plain(tokens()[None]))
+    names = train.trained(llama)
+    assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
+
+
+def test_a_projection_with_an_adapter_is_the_definition(base):
+    """W x + alpha / r B A x, written out for one layer."""
+    llama = stir(model.add_lora(model.Llama.from_pretrained(base), 4, base, alpha=6))
+    layer, x = llama.model.layers[1].mlp.up_proj, torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    expected = [layer.weight @ row + 1.5 * layer.lora_B[0] @ (layer.lora_A[0] @ row) for row in x]
+    torch.testing.assert_close(layer(x[None])[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("scorer", [True, False])
+def test_merging_changes_nothing_and_leaves_a_plain_model(base, scorer):
+    llama = stir(model.add_lora(model.Llama.from_pretrained(base, scorer=scorer), 4, base))
+
+    def output():
+        if scorer:
+            return model.document_scores(llama, tokens(), LENGTHS)
+        return llama(tokens()[None])
+    before = output()
+    model.merge_lora(llama)
+    torch.testing.assert_close(output(), before, rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in llama.named_parameters() if "lora" in name]
+
+
+def test_a_saved_adapter_is_loaded_with_equal_scores_and_holds_nothing_of_the_base(base):
+    folder = adapter(base, 5)
+    llama = stir(model.add_lora(model.Llama.from_pretrained(base, scorer=True), 4, base), 5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.document_scores(model.Llama.from_pretrained(folder, scorer=True), tokens(), LENGTHS),
+            model.document_scores(llama, tokens(), LENGTHS), rtol=1e-4, atol=1e-4)
+    assert (folder / "adapter_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_adapters_side_by_side_score_as_each_does_alone(base):
+    """Also of different ranks, and one that changes fewer layers than the others."""
+    from safetensors.torch import load_file, save_file
+    folders = [adapter(base, 1), adapter(base, 2, rank=2), adapter(base, 3, rank=8)]
+    path = folders[0] / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(path).items() if "q_proj" in name or "score" in name}, path)
+    together = model.load_adapters(model.Llama.from_pretrained(base, scorer=True), folders)
+    with torch.no_grad():
+        scores = model.document_scores(together, tokens(), LENGTHS)
+        alone = [model.document_scores(model.Llama.from_pretrained(folder, scorer=True), tokens(), LENGTHS)[0]
+                 for folder in folders]
+    assert scores.shape == (3, 4)
+    torch.testing.assert_close(scores, torch.stack(alone), rtol=1e-4, atol=1e-4)
+    assert (scores[0] - scores[1]).abs().max() > 0.01
+
+
+def test_scores_are_read_at_each_documents_last_token_and_know_nothing_of_the_others(base):
+    llama = stir(model.Llama.from_pretrained(base, scorer=True))
+    with torch.no_grad():
+        scores = model.document_scores(llama, tokens(), LENGTHS)[0]
+        for document, score in zip(tokens().split(LENGTHS), scores):
+            hidden = llama.hidden(document[None], model.Causal(document[None]))
+            torch.testing.assert_close(hidden[0, -1] @ llama.score.weight[0], score, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_gives_the_same_scores(base, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    stir(model.Llama.from_pretrained(base, scorer=True)).save_pretrained(tmp_path / "pm")
+    ours = model.Llama.from_pretrained(tmp_path / "pm", scorer=True)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm")
+    documents = tokens().split(LENGTHS)
+    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=0)  # BOS, as config.json says
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(padded).logits[:, 0], model.document_scores(ours, tokens(), LENGTHS)[0],
+                                   rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.document_scores(model.Llama.from_pretrained(tmp_path / "theirs", scorer=True), tokens(), LENGTHS),
+            model.document_scores(ours, tokens(), LENGTHS))
+
+
+def test_peft_loads_ours_and_we_load_theirs(base, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ours = model.Llama.from_pretrained(adapter(base, 7, scorer=False))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter-7")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()[None]).logits, ours(tokens()[None]), rtol=1e-4, atol=1e-4)
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, target_modules=["v_proj", "down_proj"],
+                             init_lora_weights=False, use_rslora=True)
+    scorer = peft.get_peft_model(scorer, config)
+    scorer.save_pretrained(tmp_path / "theirs")
+    loaded = model.Llama.from_pretrained(tmp_path / "theirs", scorer=True)
+    with torch.no_grad():
+        expected = torch.stack([scorer(document[None]).logits[0, 0] for document in tokens().split(LENGTHS)])
+        torch.testing.assert_close(model.document_scores(loaded, tokens(), LENGTHS)[0], expected, rtol=1e-4, atol=1e-4)
+    pm = adapter(base, 8)
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, pad_token_id=0), pm)
+    with torch.no_grad():
+        expected = torch.stack([theirs(document[None]).logits[0, 0] for document in tokens().split(LENGTHS)])
+        torch.testing.assert_close(model.document_scores(model.Llama.from_pretrained(pm, scorer=True), tokens(),
+                                                         LENGTHS)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def broken(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes, said", [({"use_dora": True}, "use_dora"), ({"r": "four"}, "configuration"),
+                                           ({"base_model_name_or_path": "nowhere"}, "nowhere"),
+                                           ({"rank_pattern": {"q_proj": 2}}, "rank_pattern")])
+def test_what_is_not_computed_here_is_refused_by_name(base, changes, said):
+    folder = adapter(base, 1)
+    broken(folder, **changes)
+    with pytest.raises(UserError, match=said):
+        model.Llama.from_pretrained(folder, scorer=True)
+
+
+def test_an_adapter_for_another_model_is_refused(base, tmp_path):
+    other = model.Llama(model.Config(**{**SIZES, "hidden_size": 16, "head_dim": 8}), 0)
+    folder = adapter(base, 1)
+    with pytest.raises(UserError, match="does not fit"):
+        model.load_adapters(other, [folder])
+
+
+def test_a_preference_model_is_not_taken_for_a_language_model(base, tmp_path):
+    model.Llama.from_pretrained(base, scorer=True).save_pretrained(tmp_path / "pm")
+    with pytest.raises(UserError, match="preference model"):
+        model.Llama.from_pretrained(tmp_path / "pm")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Through the training loop
+
+QUICK = Options(lr=1e-2, batch=8, epochs=3, max_tokens=64, val_share=0.2, precision="fp32", warmup=0.1)
+
+
+def labelled(count=60):
+    """Pairs in which the response with the word "good" is better, with a chance of 0.9 by its label."""
+    rows = []
+    for i in range(count):
+        good, bad = f"it is good {i % 7}", f"it is bad {i % 5}"
+        first = i % 2 == 0
+        rows.append(data.preference(f"say {i}:", good if first else bad, bad if first else good, "helpfulness",
+                                    0.9 if first else 0.1))
+    return rows
+
+
+def pm_training(base, out, rank=0, **changes):
+    options = Options(**{**vars(QUICK), "lora_rank": rank, **changes})
+    tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
+    llama = train.start_from(base, "reward", torch.device("cpu"), options)
+    stage = train.prepare("reward", labelled(), tokenizer, llama.config, options)
+    return llama, tokenizer, stage, train.train(llama, tokenizer, [stage], out, options, progress=False)
+
+
+@pytest.fixture
+def words(tmp_path):
+    sizes = {**SIZES, "vocab_size": 300}
+    model.Llama(model.Config(**sizes), 3).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_preference_model_learns_the_labels_probabilities(words, tmp_path, rank):
+    """The loss falls from log 2 towards the labels' entropy, below which no model can come."""
+    llama, tokenizer, stage, rows = pm_training(words, tmp_path / "pm", rank)
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    entropy = -(0.9 * torch.tensor(0.9).log() + 0.1 * torch.tensor(0.1).log()).item()
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and entropy - 1e-4 < losses[-1] < entropy + 0.05
+    loaded = model.Llama.from_pretrained(tmp_path / "pm", scorer=True)
+    good, bad = (data.encode_pair(tokenizer, "say 3:", text, 0, 1)[0] for text in ("it is good 2", "it is bad 2"))
+    with torch.no_grad():
+        scores = model.document_scores(loaded, torch.tensor([*good, *bad]), [len(good), len(bad)])[0]
+    assert torch.sigmoid(scores[0] - scores[1]).item() == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_loss_of_packed_pairs_is_that_of_each_pair_alone(words):
+    options = Options(**vars(QUICK))
+    llama = stir(model.Llama.from_pretrained(words, scorer=True))
+    tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
+    stage = train.prepare("reward", labelled(12), tokenizer, llama.config, options)
+    (batch,) = train.pack(stage.examples, 10**6, torch.device("cpu"))
+    expected = 0.0
+    with torch.no_grad():
+        for ids, first, label in stage.examples:
+            a, b = (llama.hidden(torch.tensor([part]), model.Causal(torch.tensor([part])))[0, -1] @ llama.score.weight[0]
+                    for part in (ids[:first].tolist(), ids[first:].tolist()))
+            p = torch.sigmoid(a - b)
+            expected -= label * p.log() + (1 - label) * (1 - p).log()
+        assert train.bradley_terry(llama, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert int(batch.targets.sum()) == len(stage.examples)
+
+
+def test_lora_training_leaves_the_base_as_it_was_and_resumes(words, tmp_path, monkeypatch):
+    before = (words / "model.safetensors").read_bytes()
+    *_, whole = pm_training(words, tmp_path / "whole", 4, save_seconds=0)
+    write_row, steps = train.write_row, []
+
+    def stop_half_way(metrics, row):
+        write_row(metrics, row)
+        steps.append(row)
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "write_row", stop_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        pm_training(words, tmp_path / "killed", 4, save_seconds=0)
+    monkeypatch.setattr(train, "write_row", write_row)
+    options = Options(**{**vars(QUICK), "lora_rank": 4, "save_seconds": 0})
+    tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
+    llama = train.start_from(words, "reward", torch.device("cpu"), options)
+    stage = train.prepare("reward", labelled(), tokenizer, llama.config, options)
+    resumed = train.train(llama, tokenizer, [stage], tmp_path / "killed", options, resume=True, progress=False)
+
+    def plain(rows):
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    assert plain(resumed) == plain(whole)
+    assert (words / "model.safetensors").read_bytes() == before
+    assert ((tmp_path / "killed" / "adapter_model.safetensors").read_bytes()
+            == (tmp_path / "whole" / "adapter_model.safetensors").read_bytes())
+
+
+def test_every_stage_trains_adapters_and_merges_them_on_request(words, tmp_path, monkeypatch):
+    tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
+    tokenizer.save(str(words / "tokenizer.json"))
+    data.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"say {i}:", "completion": " it is good"} for i in range(20)])
+    for name, more in (("adapter", []), ("merged", ["--merge"])):
+        monkeypatch.setattr("sys.argv", ["train.py", "sft", "--model", str(words), "--data", str(tmp_path / "rows.jsonl"),
+                                         "--out", str(tmp_path / name), "--lora-rank", "2", "--batch", "4", "--lr", "0.01",
+                                         "--precision", "fp32", "--device", "cpu", *more])
+        train.main()
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    with torch.no_grad():
+        plain, adapted, merged = (model.Llama.from_pretrained(folder)(tokens()[None])
+                                  for folder in (words, tmp_path / "adapter", tmp_path / "merged"))
+    assert torch.equal(adapted, merged) and (plain - merged).abs().max() > 0.01
