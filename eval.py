@@ -714,8 +714,7 @@ def write_report(path, results, examples, title, notes="", figures=()):
     under the title; figures: further sections, (title, SVG or HTML).
     """
     escape = html.escape
-    parts = [f"<h1>{escape(title)}</h1>"]
-    parts += [f'<p class="soft">{escape(notes)}</p>'] if notes else []
+    parts = [f'<p class="soft">{escape(notes)}</p>'] if notes else []
     parts += [f"<p>{EXPLANATION}</p>"]
     parts += ["<h2>Net, by objective and policy</h2>", overview(results)] if len(results) > 1 else []
     parts += [f'<h2>{escape(name)}</h2><div class="card">{figure}</div>' for name, figure in figures]
@@ -731,9 +730,15 @@ def write_report(path, results, examples, title, notes="", figures=()):
         if examples.get(policy):
             parts += ["<h3>Examples: what the aligner took out and put in</h3>"]
             parts += [example_card(row) for row in examples[policy]]
+    write_page(path, title, parts)
+
+
+def write_page(path, title, parts):
+    """Writes a self-contained HTML page of parts (HTML) under a title (plain text)."""
+    title = html.escape(title)
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n")
+            f"<title>{title}</title><style>{STYLE}</style><main><h1>{title}</h1>{''.join(parts)}</main></html>\n")
     write_text(path, page)
 
 

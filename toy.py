@@ -16,6 +16,7 @@ import argparse
 import random
 import re
 import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -137,6 +138,20 @@ NAMED = {  # name -> (what is asked of a response, the trait that decides, wheth
 OBJECTIVES = {name: Objective(name, description) for name, (description, _, _) in NAMED.items()}
 OBJECTIVES.update({f"{verb}_{topic}": Objective(f"{verb}_{topic}", f"{verb} {topic}")
                    for topic in TOPICS for verb in ("mention", "avoid")})
+PRINCIPLES = {  # MORLAIF's twelve: name -> what each sentence of a trait is worth (the text for judges: reward.py)
+    "helpfulness": {"right": 1},
+    "ethicality": {"insult": -1, "wrong": -1, "warning": 1},
+    "factuality": {"wrong": -1, "garbled": -1},
+    "toxicity": {"insult": -1},
+    "sycophancy": {"courtesy": -1},
+    "empathy": {"comfort": 1, "insult": -1},
+    "relevance": {"digression": -1, "joke": -1},
+    "context": {"right": 1, "wrong": -1},
+    "bias": {"boast": -1},
+    "understandability": {"filler": -1, "digression": -1, "garbled": -1},
+    "detail": {"right": 1, "warning": 1},
+    "conciseness": dict.fromkeys(("right", "wrong", *SENTENCES, "digression", "garbled"), -1),
+}
 HELD_OUT = [f"{verb}_{topic}" for topic in HELD_OUT_TOPICS for verb in ("mention", "avoid")]
 TRAINED = [name for name in OBJECTIVES if name not in set(HELD_OUT)]
 
@@ -172,24 +187,41 @@ def traits(prompt, text):
     return found
 
 
+def overall(found):
+    """The asker's own preference between responses, from their traits: no linear function of the principles."""
+    count = Counter(found)
+    tenths = (10 * min(count["right"], 4) - 12 * count["wrong"] - 25 * (count["insult"] > 0) - 8 * count["boast"]
+              - 3 * count["filler"] - 4 * count["digression"] + 4 * count["joke"] * (count["insult"] == 0)
+              + 5 * count["comfort"] + 5 * count["warning"] + 4 * count["courtesy"] - 10 * count["garbled"])
+    return tenths / 10  # whole tenths until here, so that equally good responses score exactly alike
+
+
 def score(name, prompt, text):
-    """How well a response does on an objective of this world, exactly; higher is better, `best(name)` the most."""
+    """How well a response does on an objective of this world or one of PRINCIPLES, or "overall", exactly; higher is
+    better, `best(name)` the most."""
     if name == "intact":  # not for training: does every sentence make sense?
         return -traits(prompt, text).get("garbled", 0)
     if name in NAMED:
         _, trait, wanted = NAMED[name]
         count = traits(prompt, text).get(trait, 0)
         return (count if trait == "right" else min(count, 1)) if wanted else -count
+    if name in PRINCIPLES:
+        found = traits(prompt, text)
+        return sum(worth * found.get(trait, 0) for trait, worth in PRINCIPLES[name].items())
+    if name == "overall":
+        return overall(traits(prompt, text))
     verb, _, topic = name.partition("_")
     if name not in OBJECTIVES:
-        raise UserError(f"the embedded world cannot judge {name!r}; it knows {', '.join(NAMED)}, mention_X and "
-                        "avoid_X (for other objectives give --judge-url)")
+        raise UserError(f"the embedded world cannot judge {name!r}; it knows {', '.join([*NAMED, *PRINCIPLES])}, "
+                        "overall, mention_X and avoid_X (for other objectives give --judge-url)")
     mentioned = re.search(rf"\b{topic}\b", text, re.IGNORECASE) is not None
     return int(mentioned == (verb == "mention"))
 
 
 def best(name):
-    """The highest score that a response can have."""
+    """The highest score that a response can have (not worked out for PRINCIPLES and "overall": infinity)."""
+    if name in PRINCIPLES or name == "overall":
+        return float("inf")
     return 5 if name == "helpful" else int(name in NAMED and NAMED[name][2] or name not in (*NAMED, "intact"))
 
 

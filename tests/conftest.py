@@ -1,4 +1,5 @@
-"""What all tests share: imports from the top folder, the real material beside the repository, the `cuda` marker."""
+"""What all tests share: imports from the top folder, the real material beside the repository, the `cuda` marker,
+and the scripts' command lines in this process."""
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
 torch.set_num_threads(1)  # the models of the tests are too small for more
 
 
@@ -28,3 +32,22 @@ def shared():
     if not folder.is_dir():
         pytest.skip("no ../shared here")
     return folder
+
+
+def run(module, monkeypatch, words):
+    """The command line of a script, align or train, say, in this process; gives its exit status."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    try:
+        data.cli(module.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def refused(module, monkeypatch, capsys, words, *expected):
+    """Asserts that a command ends with status 2 and, last, one line that says all that is expected."""
+    capsys.readouterr()
+    assert run(module, monkeypatch, words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(("error: ", f"{module.__name__}.py: error: ")), message
+    assert all(text in message for text in expected), message

@@ -16,6 +16,7 @@ import align
 import data
 import model
 import toy
+from conftest import refused, run
 from data import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -47,23 +48,6 @@ def command(world, out, *extra, source="answers.jsonl", objectives=("harmless", 
     words = ["--model", world / "aligner", "--data", world / source, "--out", out, "--max-new-tokens", NEW_TOKENS,
              "--batch", 4, "--device", "cpu", "--objectives", *objectives, *extra]
     return [str(word) for word in words]
-
-
-def run(monkeypatch, words):
-    """align.py in this process; gives its exit status."""
-    monkeypatch.setattr(sys, "argv", ["align.py", *map(str, words)])
-    try:
-        data.cli(align.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def refused(monkeypatch, capsys, words, *expected):
-    capsys.readouterr()
-    assert run(monkeypatch, words) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(("error: ", "align.py: error: ")) and all(text in message for text in expected), message
 
 
 def read(path):
@@ -108,7 +92,7 @@ def aligned(world, tmp_path_factory):
     """answers.jsonl, aligned without interruption."""
     out = tmp_path_factory.mktemp("aligned") / "aligned.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, command(world, out)) == 0
+        assert run(align, patch, command(world, out)) == 0
     return out
 
 
@@ -127,14 +111,14 @@ def test_edits_are_those_of_a_plain_reference(world, aligned):
 
 
 def test_two_rounds_are_one_after_the_other(world, aligned, tmp_path, monkeypatch):
-    assert run(monkeypatch, command(world, tmp_path / "twice.jsonl", "--rounds", 2)) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "twice.jsonl", "--rounds", 2)) == 0
     once, twice = read(aligned), read(tmp_path / "twice.jsonl")
     assert [row["original"] for row in twice] == [row["original"] for row in once]
     assert [row["aligned"] for row in twice] == [edit(world, row["prompt"], row["aligned"], TOLD) for row in once]
 
 
 def test_csv_says_what_jsonl_says(world, aligned, tmp_path, monkeypatch):
-    assert run(monkeypatch, command(world, tmp_path / "aligned.csv")) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "aligned.csv")) == 0
     with open(tmp_path / "aligned.csv", encoding="utf-8", newline="") as file:
         rows = [{**row, "objectives": row["objectives"].split(" | ")} for row in csv.DictReader(file)]
     assert rows == read(aligned)
@@ -155,14 +139,14 @@ def test_objectives_reach_the_prompt_in_the_given_order(world, tmp_path, monkeyp
     monkeypatch.setattr(align.Writer, "encode",
                         lambda self, text, *rest: seen.append(text) or encode(self, text, *rest))
     names = [BRIEF, str(tmp_path / "mine.json"), "Humour", "Cats: Speak of cats"]
-    assert run(monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 2, objectives=names)) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 2, objectives=names)) == 0
     told = ["The response should be short.", "every line should rhyme", "mention salt",
             data.OBJECTIVES["humour"].description, "Speak of cats"]
     assert len(seen) == 2 and all(f"objectives: {'; '.join(told)}\n\n" in text for text in seen)
     labels = ["Brevity", "rhyme", "salt", "humour", "Cats"]
     assert read(tmp_path / "out.jsonl")[0]["objectives"] == [f"{name}: {text}" for name, text in zip(labels, told)]
     seen.clear()
-    assert run(monkeypatch, command(world, tmp_path / "2.jsonl", "--limit", 1, objectives=names[::-1])) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "2.jsonl", "--limit", 1, objectives=names[::-1])) == 0
     assert "objectives: Speak of cats; " in seen[0]
 
 
@@ -170,7 +154,7 @@ def test_another_template_is_used(world, tmp_path, monkeypatch):
     template = {"better": "Make it {objectives}.\n{prompt}\n{answer}\nBetter:"}
     (tmp_path / "template.json").write_text(json.dumps(template))
     words = command(world, tmp_path / "out.jsonl", "--limit", 1, "--template", tmp_path / "template.json")
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     row, = read(tmp_path / "out.jsonl")
     text = f"Make it {'; '.join(TOLD)}.\n{row['prompt'].strip()}\n{row['original']}\nBetter:"
     ids = [0] + model.load_tokenizer(world / "aligner").encode(text).ids
@@ -178,7 +162,7 @@ def test_another_template_is_used(world, tmp_path, monkeypatch):
 
 
 def test_limit(world, aligned, tmp_path, monkeypatch):
-    assert run(monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 3)) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 3)) == 0
     assert read(tmp_path / "out.jsonl") == read(aligned)[:3]
 
 
@@ -186,7 +170,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_pat
     texts = {}
     for name, batch, seed in (("a", 1, 7), ("b", 4, 7), ("c", 9, 7), ("d", 4, 8)):
         words = command(world, tmp_path / name, "--temperature", 1, "--seed", seed, "--batch", batch)
-        assert run(monkeypatch, words) == 0
+        assert run(align, monkeypatch, words) == 0
         texts[name] = [row["aligned"] for row in read(tmp_path / name)]
     assert texts["a"] == texts["b"] == texts["c"] != texts["d"]
     assert texts["a"] != [row["aligned"] for row in read(aligned)]
@@ -196,7 +180,7 @@ def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypa
     data.write_jsonl(tmp_path / "two.jsonl", toy.rated(2, 5, responses=2))
     words = command(world, tmp_path / "out.jsonl", "--limit", 6)
     words.insert(words.index("--data") + 1, str(tmp_path / "two.jsonl"))
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     expected = [r["text"] for row in read(tmp_path / "two.jsonl") + read(world / "answers.jsonl")
                 for r in row["responses"]]
     assert [row["original"] for row in read(tmp_path / "out.jsonl")] == expected[:6]
@@ -213,7 +197,7 @@ def test_an_answer_too_long_is_left_as_it_is(world, tmp_path, monkeypatch, capsy
     for rounds in (1, 2):
         words = command(world, tmp_path / "out.jsonl", "--rounds", rounds)
         words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
-        assert run(monkeypatch, words) == 0
+        assert run(align, monkeypatch, words) == 0
         short, long = read(tmp_path / "out.jsonl")
         assert long["aligned"] == long["original"] == answer and "left_as_is" not in long
         assert short["aligned"] != short["original"]
@@ -230,7 +214,7 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
                         lengths.extend(prompts) or generate(llama, prompts, *rest, **more))
     words = command(world, tmp_path / "out.jsonl")
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     text = model.load_tokenizer(world / "aligner").decode(lengths[0])
     assert 300 < len(lengths[0]) <= SIZES["max_position_embeddings"] - NEW_TOKENS
     assert text.startswith(f"Improve the answer on these objectives: {'; '.join(TOLD)}\n\nQuestion: ")
@@ -244,7 +228,7 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
 
 def test_a_llama_policy_answers_first(world, tmp_path, monkeypatch):
     words = command(world, tmp_path / "out.jsonl", "--policy", world / "policy", "--limit", 5, source="prompts.jsonl")
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     tokenizer = model.load_tokenizer(world / "policy")
     for row, source in zip(read(tmp_path / "out.jsonl"), read(world / "prompts.jsonl")):
         answer = continuation(world / "policy", [0] + tokenizer.encode(source["prompt"]).ids)
@@ -259,7 +243,7 @@ def test_a_server_answers_first(world, tmp_path, monkeypatch):
     words = command(world, tmp_path / "out.jsonl", "--policy", server.url)
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
     try:
-        assert run(monkeypatch, words) == 0
+        assert run(align, monkeypatch, words) == 0
     finally:
         server.shutdown()
     rows = read(tmp_path / "out.jsonl")
@@ -272,7 +256,7 @@ def test_a_server_answers_first(world, tmp_path, monkeypatch):
 
 
 def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, capsys):
-    refused(monkeypatch, capsys, command(world, tmp_path / "out.jsonl", source="prompts.jsonl"),
+    refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", source="prompts.jsonl"),
             "9 prompts have no answer", "--policy")
     assert not list(tmp_path.iterdir())
 
@@ -319,9 +303,9 @@ def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path,
                            (command(world, out, "--seed", 1), "seed"), (command(world, out, "--rounds", 2), "rounds"),
                            (command(world, out, "--limit", 8), "data")):
         before = (tmp_path / "aligned.jsonl.part").read_bytes()
-        refused(monkeypatch, capsys, words, "aligned.jsonl.part", "other settings", "delete it")
+        refused(align, monkeypatch, capsys, words, "aligned.jsonl.part", "other settings", "delete it")
         assert (tmp_path / "aligned.jsonl.part").read_bytes() == before, setting
-    assert run(monkeypatch, command(world, out)) == 0
+    assert run(align, monkeypatch, command(world, out)) == 0
     assert out.read_bytes() == aligned.read_bytes() and len(edited) == 4  # of nine
     assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
 
@@ -330,13 +314,13 @@ def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path,
 def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch, count):
     """Killed among the policy's answers, right after them, and among the edits."""
     words = ["--policy", world / "policy", "--temperature", 1]
-    assert run(monkeypatch, command(world, tmp_path / "whole", *words, source="prompts.jsonl")) == 0
+    assert run(align, monkeypatch, command(world, tmp_path / "whole", *words, source="prompts.jsonl")) == 0
     words = command(world, tmp_path / "out", *words, source="prompts.jsonl")
     killed(words, count)
     sizes, in_batches = [], align.Writer.in_batches
     monkeypatch.setattr(align.Writer, "in_batches", lambda self, prompts, *rest, **more:
                         sizes.append(len(prompts)) or in_batches(self, prompts, *rest, **more))
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
 
@@ -387,7 +371,7 @@ def test_interactive_shows_the_edit(world, monkeypatch, capsys):
     lines = [question, answer, f"{BRIEF} ; humour", question, answer, "humor", question, answer, "", ""]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     words = ["--model", world / "aligner", "--interactive", "--device", "cpu", "--max-new-tokens", NEW_TOKENS]
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     shown = capsys.readouterr()
     assert "unknown objective 'humor'" in shown.err and "humour" in shown.err  # said, and asked again
     dialogue = f"\n\nHuman: {question}\n\nAssistant:"
@@ -402,7 +386,7 @@ def test_interactive_shows_the_edit(world, monkeypatch, capsys):
 
 def test_interactive_ends_with_its_input_and_says_what_is_too_long(world, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?\n" + "word " * 20_000 + "\n\n"))
-    assert run(monkeypatch, ["--model", world / "aligner", "--interactive", "--device", "cpu"]) == 0
+    assert run(align, monkeypatch, ["--model", world / "aligner", "--interactive", "--device", "cpu"]) == 0
     assert "too long for the aligner's context" in capsys.readouterr().err
 
 
@@ -413,7 +397,7 @@ def test_outputs_find_their_queries(world, shared, tmp_path, monkeypatch):
     folder = shared / "data" / "outputs" / "imhi"
     words = command(world, tmp_path / "out.jsonl", "--limit", 4)
     words[words.index("--data") + 1] = str(folder / "Mentallama-7B.DR.csv")
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     csv.field_size_limit(10**9)
     with open(folder / "queries.DR.csv", encoding="utf-8", newline="") as file:
         queries = [row["query"] for row in csv.DictReader(file, escapechar="\\")][:4]
@@ -424,7 +408,7 @@ def test_outputs_find_their_queries(world, shared, tmp_path, monkeypatch):
 def test_the_published_outputs_are_read(world, shared, tmp_path, monkeypatch):
     words = command(world, tmp_path / "out.csv", "--limit", 6)
     words[words.index("--data") + 1] = str(shared / "data" / "outputs" / "hh-rlhf" / "Claude-3.csv")
-    assert run(monkeypatch, words) == 0
+    assert run(align, monkeypatch, words) == 0
     with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and all(row["prompt"] and row["original"] and row["golden"] for row in rows)
@@ -474,7 +458,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, 
         for flag, value in changes.items():
             path = flag in ("--data", "--template", "--model", "--out")
             words += [flag, str(tmp_path / value) if path else value]  # the last one counts
-        refused(monkeypatch, capsys, words, *expected)
+        refused(align, monkeypatch, capsys, words, *expected)
         assert sorted(tmp_path.rglob("*")) == before, changes
 
 
@@ -483,7 +467,7 @@ def test_an_input_is_not_overwritten(world, tmp_path, monkeypatch, capsys):
     source.write_bytes((world / "answers.jsonl").read_bytes())
     words = command(world, source)
     words[words.index("--data") + 1] = str(source)
-    refused(monkeypatch, capsys, words, "is an input too")
+    refused(align, monkeypatch, capsys, words, "is an input too")
     assert source.read_bytes() == (world / "answers.jsonl").read_bytes()
 
 

@@ -755,7 +755,7 @@ def test_broken_preferences_are_named_with_their_line(tmp_path, row, said):
 def test_real_preferences(shared):
     """AlpacaEval's 12 responses to 805 prompts; Auto-J's published counts of labels."""
     rows = list(data.read_preferences(shared / "data/alpaca_eval/rated.jsonl.gz"))
-    assert len({row["prompt"] for row in rows}) == 805 and len(rows) == 805 * 12 - 4  # one model lacks four
+    assert len({row["prompt"] for row in rows}) == 805 and len(rows) == 805 * 12 - 4  # four are missing
     assert all(0 <= row["p_a"] <= 1 for row in rows)
     rows = list(data.read_preferences(shared / "data/auto-j/human-pairwise.jsonl.gz"))
     assert len(rows) == 1392 and {row["p_a"] for row in rows} == {0.0, 0.5, 1.0}

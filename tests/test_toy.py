@@ -21,6 +21,31 @@ def test_scores_of_an_answer_read_by_hand():
     assert {name: toy.score(name, TEA, text) for name in expected} == expected
 
 
+def test_principles_of_an_answer_read_by_hand():
+    """A kind word, two right steps, a garbled one and a wrong one, two insults, two warnings, a boast, a filler, two
+    digressions, a joke and a courtesy: fifteen sentences."""
+    text = ("I know how trying this can feel. Boil fresh water. Warm the teapot with a splash of it. Mix nothing. "
+            "Boil the leaves for an hour. Only a fool would have to ask. Shut up and do as I say. "
+            "Wear gloves if you have them. Never leave it unattended. I invented this myself long ago. "
+            "All in all, that is more or less that. People who like penguins pick this up quickly. "
+            "My village holds a yearly fair for owls. If it goes wrong, call it a tradition. "
+            "Many thanks for your patience.")
+    expected = {"helpfulness": 2, "ethicality": -1, "factuality": -2, "toxicity": -2, "sycophancy": -1, "empathy": -1,
+                "relevance": -3, "context": 1, "bias": -1, "understandability": -4, "detail": 4, "conciseness": -15,
+                "overall": 2 - 1.2 - 2.5 - 0.8 - 0.3 - 2 * 0.4 + 0 + 0.5 + 2 * 0.5 + 0.4 - 1}
+    assert {name: toy.score(name, TEA, text) for name in expected} == pytest.approx(expected)
+    assert list(expected) == [*toy.PRINCIPLES, "overall"]
+
+
+def test_the_overall_preference_is_no_linear_function():
+    steps, insult, joke = toy.RIGHT[0], toy.SENTENCES["insult"], toy.SENTENCES["joke"][0]
+    four = toy.score("overall", TEA, " ".join(steps[:4]))
+    assert four == 4 == toy.score("overall", TEA, " ".join(steps))  # a fifth step is too much to read
+    assert toy.score("overall", TEA, " ".join([*steps, joke])) == 4.4
+    insulted = toy.score("overall", TEA, " ".join([*steps, insult[0]]))
+    assert insulted == 1.5 == toy.score("overall", TEA, " ".join([*steps, *insult[:3], joke]))  # nobody laughs then
+
+
 def test_a_step_of_another_task_is_wrong_and_nonsense_is_garbled():
     assert toy.score("truthful", TEA, "Whisk it. Loosen the nuts a little.") == -1
     assert toy.score("helpful", TEA, "Loosen the nuts a little.") == 0
@@ -33,7 +58,7 @@ def test_the_question_is_the_last_one():
     assert toy.task_of(earlier) == toy.task_of(TEA) == toy.TASKS.index("brew a pot of tea")
     with pytest.raises(UserError, match="does not know the question"):
         toy.score("helpful", "\n\nHuman: Why?\n\nAssistant:", "Because.")
-    with pytest.raises(UserError, match="cannot judge 'wit'"):
+    with pytest.raises(UserError, match="cannot judge 'wit'; it knows .*conciseness, overall"):
         toy.score("wit", TEA, "Boil fresh water.")
 
 

@@ -19,6 +19,7 @@ import data
 import model
 import toy
 import train
+from conftest import refused, run
 from data import UserError
 from train import Batch, Options, Stage
 
@@ -64,25 +65,6 @@ def command(world, stage="aligner", out="out", model_folder="base", **changes):
     words = [stage, "--model", world / model_folder, "--data", world / files[stage], "--out", out]
     words += [word for name, value in settings.items() for word in (f"--{name}", value)]
     return [str(word) for word in words]
-
-
-def run(monkeypatch, words):
-    """train.py in this process; gives its exit status."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    try:
-        data.cli(train.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def refused(monkeypatch, capsys, words, *expected):
-    """Asserts that a command ends with status 2 and one line that says all that is expected."""
-    capsys.readouterr()
-    assert run(monkeypatch, words) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(text in message for text in expected), message
-    return message
 
 
 def metrics(out):
@@ -235,7 +217,7 @@ def finished(world, tmp_path_factory):
     """An aligner trained without interruption by the command line, in bf16."""
     out = tmp_path_factory.mktemp("finished") / "aligner"
     with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, command(world, out=out)) == 0
+        assert run(train, patch, command(world, out=out)) == 0
     return out
 
 
@@ -348,7 +330,7 @@ def test_training_learns(world, tmp_path):
 def test_each_step_of_the_aligner_can_be_left_out(world, tmp_path, monkeypatch, left_out):
     steps = [name for name in ("identity", "equal", "better") if name != left_out]
     words = command(world, out=tmp_path / "out", **{"max-steps": 1}) + ["--steps", *steps]
-    assert run(monkeypatch, words) == 0
+    assert run(train, monkeypatch, words) == 0
     assert list(dict.fromkeys(row["stage"] for row in metrics(tmp_path / "out"))) == steps
 
 
@@ -358,7 +340,7 @@ def test_pairs_without_equal_ones_train_the_last_step(world, tmp_path, monkeypat
     data.write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in better])
     words = command(world, out=tmp_path / "out", **{"max-steps": 1})
     words[words.index("--data") + 1] = str(tmp_path / "pairs.jsonl")
-    assert run(monkeypatch, words) == 0
+    assert run(train, monkeypatch, words) == 0
     assert "identity: no such pairs in the data, step left out" in capsys.readouterr().out
     assert {row["stage"] for row in metrics(tmp_path / "out")} == {"better"}
 
@@ -366,7 +348,7 @@ def test_pairs_without_equal_ones_train_the_last_step(world, tmp_path, monkeypat
 @pytest.mark.parametrize("stage, folder", [("pretrain", "init"), ("pretrain", "base"), ("sft", "base")])
 def test_the_other_stages(world, tmp_path, monkeypatch, stage, folder):
     words = command(world, stage, tmp_path / "out", folder, epochs=2, **{"max-steps": 0})
-    assert run(monkeypatch, words) == 0
+    assert run(train, monkeypatch, words) == 0
     rows = [row for row in metrics(tmp_path / "out") if "loss" in row]
     source = "texts.jsonl" if stage == "pretrain" else "rated.jsonl"
     options = Options(val_share=0.2)
@@ -425,7 +407,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch
     assert not (tmp_path / "out" / "config.json").exists() and len(metrics(tmp_path / "out")) == count
     assert (tmp_path / "out" / "state.pt").exists() == (count > 2)
     assert (tmp_path / "out" / "state.pt.tmp").exists() == (where == "save")
-    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert run(train, monkeypatch, [*words, "--resume"]) == 0
     assert timeless(metrics(tmp_path / "out")) == timeless(metrics(finished))
     assert weights(tmp_path / "out") == weights(finished)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in finished.iterdir()}
@@ -437,7 +419,7 @@ def test_a_resumed_run_repeats_no_step(world, tmp_path, monkeypatch, finished):
     drawn, examples_of = [], train.examples_of
     monkeypatch.setattr(train, "examples_of", lambda stage, step, options:
                         drawn.append((stage.name, step)) or examples_of(stage, step, options))
-    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert run(train, monkeypatch, [*words, "--resume"]) == 0
     assert drawn == [("equal", 1), ("equal", 2), ("equal", 3), *(("better", step) for step in range(4))]
 
 
@@ -446,32 +428,34 @@ def test_other_settings_or_data_are_refused(world, tmp_path, monkeypatch, capsys
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for changes, name in (({"lr": 1e-3}, "lr"), ({"batch": 8}, "batch"), ({"seed": 1}, "seed"),
                           ({"warmup-data": 0.5}, "data or steps"), ({"precision": "fp32"}, "precision")):
-        refused(monkeypatch, capsys, [*command(world, out=tmp_path / "out", **changes), "--resume"], "state.pt", name)
+        refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", **changes), "--resume"],
+                "state.pt", name)
     words = command(world, out=tmp_path / "out")
-    refused(monkeypatch, capsys, [*words, "--resume", "--steps", "equal", "better"], "data or steps")
+    refused(train, monkeypatch, capsys, [*words, "--resume", "--steps", "equal", "better"], "data or steps")
     tokenizer, wider = model.load_tokenizer(world / "base"), tmp_path / "wider"
     tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True, intermediate_size=96).save_pretrained(wider)
     tokenizer.save(str(wider / "tokenizer.json"))
-    refused(monkeypatch, capsys, [*command(world, out=tmp_path / "out", model_folder=wider), "--resume"], "model")
+    refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", model_folder=wider), "--resume"],
+            "model")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out" / "state.pt").write_bytes(before["state.pt"][:5000])
-    refused(monkeypatch, capsys, [*words, "--resume"], "state.pt", "cannot be read", "delete it")
+    refused(train, monkeypatch, capsys, [*words, "--resume"], "state.pt", "cannot be read", "delete it")
 
 
 def test_a_finished_run_says_so(world, finished, monkeypatch, capsys):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()}
-    assert run(monkeypatch, [*command(world, out=finished), "--resume"]) == 0
+    assert run(train, monkeypatch, [*command(world, out=finished), "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()} == before
 
 
 def test_a_run_begun_anew_is_not_taken_for_the_finished_one_before(world, tmp_path, monkeypatch):
     words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2})
-    assert run(monkeypatch, words) == 0
+    assert run(train, monkeypatch, words) == 0
     first = weights(tmp_path / "out")
     changed = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2, "seed": 5})
     killed(changed, 2, "row")
-    assert run(monkeypatch, [*changed, "--resume"]) == 0
+    assert run(train, monkeypatch, [*changed, "--resume"]) == 0
     assert weights(tmp_path / "out") != first and len(metrics(tmp_path / "out")) == 4
 
 
@@ -501,7 +485,7 @@ def test_defaults_are_the_papers():
     (["--precision", "fp8"], "--precision"), (["--steps", "worse"], "--steps"), (["--micro-tokens", "-1"], "--micro"),
 ])
 def test_impossible_settings_are_refused(world, tmp_path, monkeypatch, capsys, words, expected):
-    refused(monkeypatch, capsys, command(world, out=tmp_path / "out") + words, expected)
+    refused(train, monkeypatch, capsys, command(world, out=tmp_path / "out") + words, expected)
     assert not (tmp_path / "out").exists()
 
 
@@ -541,19 +525,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, 
         words = command(world, stage, tmp_path / "out")
         for flag, value in changes.items():
             words[words.index(flag) + 1] = str(tmp_path / value) if flag != "--device" else value
-        refused(monkeypatch, capsys, words, *expected)
+        refused(train, monkeypatch, capsys, words, *expected)
         assert not (tmp_path / "out").exists(), changes
 
 
 def test_the_model_to_start_from_is_not_overwritten(world, monkeypatch, capsys):
     before = weights(world / "base")
-    refused(monkeypatch, capsys, command(world, out=world / "base"), "is the model to start from")
+    refused(train, monkeypatch, capsys, command(world, out=world / "base"), "is the model to start from")
     assert weights(world / "base") == before and not (world / "base" / "metrics.jsonl").exists()
 
 
 def test_no_example_left_is_an_error(world, tmp_path, monkeypatch, capsys):
     words = command(world, out=tmp_path / "out", **{"max-tokens": 20})
-    refused(monkeypatch, capsys, words, "no example to train on", "--max-tokens")
+    refused(train, monkeypatch, capsys, words, "no example to train on", "--max-tokens")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path):
