@@ -11,7 +11,7 @@ POLICY     ?=
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train test align eval bench clean
+.PHONY: help setup train morlaif test align eval bench clean
 
 help:   ## this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -31,6 +31,9 @@ else
 	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES))
 	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) --resume
 endif
+
+morlaif: setup  ## MORLAIF on the embedded world, with its paper's figures; QUICK=1: one seed, fewer scalarizations
+	$(PY) morlaif.py $(if $(QUICK),--quick)
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
 	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \

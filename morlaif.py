@@ -1,0 +1,377 @@
+"""MORLAIF on the embedded world, with the paper's four figures; `make morlaif` runs it.
+
+    1. a policy learns to answer, not too well         4. the models' accuracy, alone and combined (figures 2 and 5)
+    2. it answers questions twice; a noisy annotator   5. PPO on one model of the overall preference, and on the
+       says, principle by principle, which is better      principles' models, joined in several ways
+    3. a preference model learns each principle,       6. exact judges compare the policies (figures 3 and 4)
+       and one the overall preference
+
+Source: Williams 2024, arXiv 2406.07295. Everything is done anew for each seed; a killed run goes on where it stopped.
+"""
+import argparse
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+import data
+import toy
+from data import cli
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="runs/morlaif", metavar="FOLDER", help="where everything is written (default runs/morlaif)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    add("--quick", action="store_true", help="one seed, and PPO with two scalarizations instead of seven")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
+
+import numpy  # noqa: E402
+import torch  # noqa: E402
+
+import align  # noqa: E402
+import eval  # noqa: E402
+import model  # noqa: E402
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import train  # noqa: E402
+
+POLICY = dict(hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
+              tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
+SMALL = {**POLICY, "hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 3}
+MANNERS = {"right": 0.55, "wrong": 0.35, "insult": 0.15, "boast": 0.4, "filler": 0.4, "other": 0.35}
+COMMON = dict(batch=32, weight_decay=0.01, max_tokens=512, val_every=1000, save_seconds=60.0)
+SFT = train.Options(lr=6e-3, epochs=1.0, max_steps=400, val_share=0.01, **COMMON)
+PREFERENCE = train.Options(lr=2e-3, epochs=2.0, val_share=0.0, **COMMON)
+PPO = ppo.Options(iterations=40, rollouts=64, minibatch=32, epochs=4, lr=5e-4, max_new_tokens=128, kl=0.05, kl_target=0,
+                  save_seconds=60.0)
+PAIRS = {"train": 2000, "fit": 400, "test": 400}  # to train the models, to fit the weights, to measure accuracy
+ANNOTATOR = dict(temperature=0.5, position_bias=0.2, flip_rate=0.05)
+PRINCIPLES = [*toy.PRINCIPLES]
+QUESTIONS = 300                                   # to each policy in the end
+
+
+def step(text, began=time.perf_counter()):
+    print(f"\n[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
+
+
+def with_seed(options, seed, **changes):
+    return type(options)(**{**vars(options), "seed": seed, **changes})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A policy, pairs of its answers, feedback
+
+
+def train_bases(out, seed, device):
+    """The policy to start from, and a model several times smaller for small preference models: both learn answers."""
+    rng = random.Random(f"morlaif {seed}")
+    toy.POLICIES["morlaif"] = MANNERS
+    prompts = [toy.question(rng)[0] for _ in range(round(SFT.batch * SFT.max_steps * 1.02))]
+    rows = [{"prompt": prompt, "completion": toy.answer("morlaif", prompt, rng)} for prompt in prompts]
+    tokenizer = toy.train_tokenizer([row["prompt"] + row["completion"] for row in rows[:5000]])
+    vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64
+    for name, sizes in (("policy", POLICY), ("small", SMALL)):
+        llama = model.Llama(model.Config(vocab_size=vocabulary, **sizes), seed).to(device)
+        options = with_seed(SFT, seed)
+        stage = train.prepare("sft", rows, tokenizer, llama.config, options)
+        train.train(llama, tokenizer, [stage], out / name, options, resume=True)
+
+
+def answers_of(folder, prompts, seed, device):
+    """One answer of a policy to each prompt, sampled at temperature 1."""
+    writer = align.Writer(folder, device)
+    ids = [writer.encode(prompt, PPO.max_new_tokens) for prompt in prompts]
+    texts = dict(writer.in_batches(ids, PPO.max_new_tokens, 256, 1.0, [seed * 10**7 + i for i in range(len(ids))]))
+    return [texts[i] for i in range(len(prompts))]
+
+
+def make_pairs(out, seed, device):
+    """{"train", "fit", "test": pairs of the policy's answers}; the same from a file when a run goes on."""
+    path = out / "pairs.jsonl"
+    if not path.exists():
+        rng = random.Random(f"pairs {seed}")
+        prompts = [toy.question(rng)[0] for _ in range(sum(PAIRS.values()))]
+        first, second = (answers_of(out / "policy", prompts, seed * 2 + i, device) for i in range(2))
+        data.write_jsonl(path, [{"prompt": prompt, "response_a": a, "response_b": b}
+                                for prompt, a, b in zip(prompts, first, second)])
+    rows = iter([row for _, row in data.records(path)])
+    return {name: list(itertools.islice(rows, count)) for name, count in PAIRS.items()}
+
+
+def exact_pairs(names, pairs):
+    """The exact scores (K, P, 2) of pairs of responses."""
+    return torch.tensor([[[float(toy.score(name, row["prompt"], row[side])) for side in ("response_a", "response_b")]
+                          for row in pairs] for name in names])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Preference models: how good they are, alone and together (figures 2 and 5)
+
+
+def learn_preferences(out, pairs, seed, device):
+    """{"same size", "small": (folder per principle, then the overall one's)}."""
+    names = [*PRINCIPLES, "overall"]
+    labels = list(reward.embedded_labels(pairs["train"], names, seed, **ANNOTATOR))
+    data.write_jsonl(out / "labels.jsonl", labels)
+    return {size: reward.train_principles(out / base, labels, out / f"pms-{base}", with_seed(PREFERENCE, seed), device)
+            for size, base in (("same size", "policy"), ("small", "small"))}
+
+
+def normalised(scores, like):
+    """Scores (K, ...) in deviations from the mean of `like` (K, ...), principle by principle."""
+    mean, std = like.flatten(1).mean(1), like.flatten(1).std(1)
+    shape = (-1,) + (1,) * (scores.dim() - 1)
+    return (scores - mean.view(shape)) / std.where(std > 0, torch.ones(())).view(shape)
+
+
+def fitted(scores, pairs, seed):
+    """Weights (K,) with which normalised score differences (K, P, 2) predict what the annotator prefers overall, by
+    logistic regression, their mean size 1."""
+    labels = [row["p_a"] for row in reward.embedded_labels(pairs, ["overall"], seed, **ANNOTATOR)]
+    weights = reward.fit_weights((scores[..., 0] - scores[..., 1]).T.numpy(), labels)
+    return torch.tensor(weights / abs(weights).mean(), dtype=torch.float32)
+
+
+def right(margins, truth):
+    """1, 0, or 0.5 for a margin of 0, of each pair (P,); None where the truth is a tie."""
+    return [None if t == 0 else 0.5 if m == 0 else float(m * t > 0) for m, t in zip(margins.tolist(), truth.tolist())]
+
+
+def combined(scores, weights, how):
+    """Margins (P,) of the scalarized scores (K, P, 2) of two responses."""
+    rewards = reward.scalarize(scores.flatten(1), weights, how).view(-1, 2)
+    return rewards[:, 0] - rewards[:, 1]
+
+
+def judge_models(folders, pairs, seed, device):
+    """Per test pair, who is right: each principle's model and the single one; the principles' models joined in each
+    way; and joined linearly, a growing number of principles, beside exact principles. And the weights."""
+    scorers = reward.Scorers(folders, device)
+    truth = exact_pairs([*PRINCIPLES, "overall"], pairs["test"])
+    truth = (truth[..., 0] - truth[..., 1]).sign()
+    fit, test = (reward.score_pairs(scorers, pairs[name]) for name in ("fit", "test"))
+    margins = test[..., 0] - test[..., 1]
+    alone = {name: right(margin, t) for name, margin, t in zip(scorers.names, margins, truth)}
+    error = {name: reward.calibration(torch.sigmoid(margin[t != 0]), (t[t != 0] > 0).float())[0]
+             for name, margin, t in zip(scorers.names, margins, truth)}
+    correlation = reward.correlations(test[:-1].flatten(1)).tolist()
+    fit, test = normalised(fit, fit)[:-1], normalised(test, fit)[:-1]
+    weights = fitted(fit, pairs["fit"], seed)
+    joined = {how: right(combined(test, weights, how), truth[-1]) for how in reward.SCALARIZATIONS}
+    exact = {name: exact_pairs(PRINCIPLES, pairs[name]) for name in ("fit", "test")}
+    exact = {name: normalised(scores, exact["fit"]) for name, scores in exact.items()}
+    return {"alone": alone, "calibration": error, "correlation": correlation, "weights": weights.tolist(),
+            "joined": joined, "number": {"models": by_number(fit, test, truth[-1], pairs, seed),
+                                         "ceiling": by_number(exact["fit"], exact["test"], truth[-1], pairs, seed)}}
+
+
+def by_number(fit, test, truth, pairs, seed, orders=10):
+    """{k: who is right, per pair, with k principles joined linearly}, a mean over random orders of the principles."""
+    rng, found = random.Random(f"orders {seed}"), {}
+    for order in [rng.sample(range(len(fit)), len(fit)) for _ in range(orders)]:
+        for count in (1, 2, 3, 4, 6, 8, 10, 12):
+            chosen = sorted(order[:count])
+            weights = fitted(fit[chosen], pairs["fit"], seed)
+            found.setdefault(count, []).append(right(combined(test[chosen], weights, "linear"), truth))
+    return {count: [None if column[0] is None else sum(column) / orders for column in zip(*rows)]
+            for count, rows in found.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Policies, and who wins (figures 3 and 4)
+
+
+def train_policies(out, models, weights, seed, device, hows):
+    """PPO from the same start: on the single model (RLAIF), and on the principles' models (MORLAIF), with each of
+    `hows`; also with models several times smaller than the policy."""
+    runs = {"single": (models["same size"][-1:], [1.0], "linear"), "single, small": (models["small"][-1:], [1.0], "linear")}
+    runs |= {how: (models["same size"][:-1], weights["same size"], how) for how in hows}
+    runs["linear, small"] = (models["small"][:-1], weights["small"], "linear")
+    rng = random.Random(f"ppo {seed}")
+    prompts = [toy.question(rng)[0] for _ in range(2000)]
+    course = {}
+    for name, (folders, weight, how) in runs.items():
+        folder = out / "policies" / name.replace(", ", "-")
+        policy = model.Llama.from_pretrained(out / "policy", device=device)
+        tokenizer = model.load_tokenizer(out / "policy", policy)
+        rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, how, folder,
+                           with_seed(PPO, seed), resume=True)
+        course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows], "reward": [row["reward"] for row in rows]}
+    return course
+
+
+def judge_policies(out, course, weights, seed, device):
+    """Each policy's answers to new questions, their exact scores, and who wins on the overall preference."""
+    rng = random.Random(f"questions {seed}")
+    prompts = [toy.question(rng)[0] for _ in range(QUESTIONS)]
+    folders = {"start": out / "policy", **{name: Path(run["folder"]) for name, run in course.items()}}
+    answers = {name: answers_of(folder, prompts, seed, device) for name, folder in folders.items()}
+    scorer = ppo.ExactScorer([*PRINCIPLES, "overall"])
+    scores = {name: scorer.score(prompts, texts) for name, texts in answers.items()}
+    data.write_jsonl(out / "answers.jsonl", [{"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
+                                             for i, prompt in enumerate(prompts)])
+    overall = {name: found[-1] for name, found in scores.items()}
+    wins = {first: {second: ((overall[first] - overall[second]).sign() / 2 + 0.5).tolist() for second in overall}
+            for first in overall}
+    return {"prompts": prompts, "scores": {name: found.tolist() for name, found in scores.items()}, "wins": wins,
+            "scalarized": scalarized(scores, weights), "words": {name: [len(text.split()) for text in texts]
+                                                                 for name, texts in answers.items()}}
+
+
+def scalarized(scores, weights):
+    """{run: (before, after)}: the exact principles' scores, joined as that run joins its models', of the starting
+    policy's answers and of its own."""
+    found = {}
+    for name in scores:
+        how, small = name.split(",")[0], name.endswith("small")
+        if how in reward.SCALARIZATIONS:
+            joined = [reward.scalarize(normalised(scores[which][:-1], scores["start"][:-1]),
+                                       weights["small" if small else "same size"], how).tolist()
+                      for which in ("start", name)]
+        elif how == "single":
+            joined = [scores[which][-1].tolist() for which in ("start", name)]
+        else:
+            continue
+        found[name] = joined
+    return found
+
+
+def run_seed(out, seed, hows, device):
+    """All that one seed gives, as written to OUT/results.json."""
+    path = out / "results.json"
+    if path.exists():
+        return data.read_json(path)
+    step(f"seed {seed}: a policy learns to answer")
+    train_bases(out, seed, device)
+    step(f"seed {seed}: it answers twice, and an annotator compares")
+    pairs = make_pairs(out, seed, device)
+    step(f"seed {seed}: preference models learn")
+    models = learn_preferences(out, pairs, seed, device)
+    step(f"seed {seed}: how accurate they are")
+    judged = {size: judge_models(folders, pairs, seed, device) for size, folders in models.items()}
+    weights = {size: found["weights"] for size, found in judged.items()}
+    step(f"seed {seed}: policies learn from them")
+    course = train_policies(out, models, weights, seed, device, hows)
+    step(f"seed {seed}: exact judges compare")
+    result = {"seed": seed, "test": [row["prompt"] for row in pairs["test"]], "models": judged, "course": course,
+              "policies": judge_policies(out, course, weights, seed, device)}
+    data.write_jsonl(path, [result])
+    return data.read_json(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is found, over all seeds
+
+
+class Found:
+    """Tables, printed and drawn. A figure is a mean over pairs or questions of all seeds, with its 95 % bootstrap
+    interval over their prompts; the seeds' own means stand beside it."""
+
+    def __init__(self, results):
+        self.results, self.parts = results, []
+
+    def rate(self, of, prompts):
+        """(percent, interval, [each seed's]) of the values `of(result)`, one per prompt of `prompts(result)`."""
+        values, units, each = [], [], []
+        for result in self.results:
+            known = [(value, f"{result['seed']} {prompt}") for value, prompt in zip(of(result), prompts(result))
+                     if value is not None]
+            values += [value for value, _ in known]
+            units += [({"prompt": prompt}, None, None) for _, prompt in known]
+            each.append(100 * sum(value for value, _ in known) / max(1, len(known)))
+        percent, interval = eval.mean_and_interval(numpy.array(values), units, 0)
+        return percent, interval, each
+
+    def chart(self, title, rows, low=0.0, high=100.0):
+        """rows: (label, rate)."""
+        print(f"\n{title}")
+        for label, (percent, interval, each) in rows:
+            print(f"  {label:34}{reward.with_interval(percent, interval):>24}   seeds "
+                  + " ".join(f"{value:.1f}" for value in each))
+        middle = (low + high) / 2
+        lines = [(label, [(middle, percent, "after")], interval, reward.with_interval(percent, interval))
+                 for label, (percent, interval, _) in rows]
+        self.parts.append(f"<h2>{title}</h2><div class=\"card\">{eval.bar_chart(lines, low, high, title)}</div>")
+
+    def table(self, title, head, rows):
+        print(f"\n{title}")
+        for cells in [("", *head), *rows]:
+            print("  " + f"{cells[0]:22}" + "".join(f"{cell:>9.8}" for cell in cells[1:]))
+        self.parts.append(f"<h2>{title}</h2>" + eval.html_table(["", *head], rows))
+
+
+def report(out, results):
+    found = Found(results)
+
+    def test(result):
+        return result["test"]
+
+    def asked(result):
+        return result["policies"]["prompts"]
+
+    for size in results[0]["models"]:
+        found.chart(f"Fig. 2a: accuracy of preference models alone, in % ({size})",
+                    [(name if name != "overall" else "the single model (overall)",
+                      found.rate(lambda r: r["models"][size]["alone"][name], test)) for name in [*PRINCIPLES, "overall"]])
+        found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, and by the single model, in % ({size})",
+                    [(how, found.rate(lambda r: r["models"][size]["joined"][how], test)) for how in reward.SCALARIZATIONS]
+                    + [("the single model", found.rate(lambda r: r["models"][size]["alone"]["overall"], test))])
+    course = results[0]["course"]
+    found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
+                [(name, found.rate(lambda r: [0.5 + 0.5 * ((b > a) - (b < a)) for a, b in
+                                              zip(*r["policies"]["scalarized"][name])], asked)) for name in course])
+    print_course(results)
+    pairs = [(how, "single") for how in course if how in reward.SCALARIZATIONS]
+    pairs += [("linear, small", "single"), ("linear, small", "single, small")]
+    found.chart("Fig. 3: win rate on the exact overall preference, in %",
+                [(f"{a} over {b}", found.rate(lambda r: r["policies"]["wins"][a][b], asked)) for a, b in
+                 [(name, "start") for name in course] + pairs])
+    hows = [how for how in course if how in reward.SCALARIZATIONS]
+    found.table("Fig. 4: win rate of row over column, in %", hows,
+                [(a, *("-" if a == b else f"{found.rate(lambda r: r['policies']['wins'][a][b], asked)[0]:.1f}"
+                       for b in hows)) for a in hows])
+    correlation = numpy.mean([result["models"]["same size"]["correlation"] for result in results], axis=0)
+    found.table("Fig. 5: correlations between the principles' models", PRINCIPLES,
+                [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(PRINCIPLES, correlation)])
+    for kind in ("models", "ceiling"):
+        found.chart(f"Fig. 5: accuracy against the number of principles, in % ({kind})",
+                    [(f"{count} principles", found.rate(lambda r: r["models"]["same size"]["number"][kind][count], test))
+                     for count in results[0]["models"]["same size"]["number"][kind]])
+    eval.write_page(out / "report.html", "nanoalign: MORLAIF", found.parts)
+    print(f"\nwrote {out / 'report.html'} and a results.json for each seed")
+
+
+def print_course(results):
+    """How far each policy went: divergence from the start, exact overall score and length, means over seeds."""
+    print(f"\n  {'policy':22}{'KL, nats':>10}{'most':>8}{'overall before':>16}{'after':>8}{'words':>14}")
+    for name in results[0]["course"]:
+        kl = [result["course"][name]["kl"] for result in results]
+        policies = [result["policies"] for result in results]
+        before, after = (numpy.mean([p["scores"][which][-1] for p in policies]) for which in ("start", name))
+        words = [numpy.mean([p["words"][which] for p in policies]) for which in ("start", name)]
+        print(f"  {name:22}{numpy.mean([k[-1] for k in kl]):10.2f}{max(map(max, kl)):8.2f}{before:16.2f}{after:8.2f}"
+              f"{words[0]:8.1f} -> {words[1]:.1f}")
+
+
+def main():
+    args = arguments()
+    device = train.device_named(args.device)
+    hows = ["linear", "worst_case"] if args.quick else [*reward.SCALARIZATIONS]
+    out = Path(args.out)
+    results = [run_seed(out / f"seed-{seed}{'-quick' if args.quick else ''}", seed, hows, device)
+               for seed in (args.seeds[:1] if args.quick else args.seeds)]
+    step("what was found")
+    report(out, results)
+
+
+if __name__ == "__main__":
+    cli(main)
