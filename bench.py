@@ -5,11 +5,13 @@
     align     greedy edits of real answers: align.py's generation against `transformers` at its best batch size
     copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
     decode    one sequence without copying: weights read per second against the copy
+    kernels   attention to a cache, prefill, attention in training: each against the plain way to the same result
 
 Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
 wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`).
 """
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -20,7 +22,9 @@ from pathlib import Path
 
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
 NEW_TOKENS = 256
-PARTS = ["machine", "train", "align", "copy", "decode"]
+KERNELS = dict(config=SIZE, cache=(16, 316), prompts=list(range(224, 32, -6)), documents=(64, 27), rows=(8, 512),
+               least=1.0)
+PARTS = ["machine", "train", "align", "copy", "decode", "kernels"]
 COLUMNS = "{:<46}{:>14}{:>14}{:>9}  {}"
 
 
@@ -44,7 +48,7 @@ def arguments():
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
     if not args.parts and not args.job and not (Path(args.aligner) / "config.json").exists():
         print(f"{args.aligner}: no aligner there, so no align and no copy; `make train` makes one", file=sys.stderr)
-        args.parts = ["machine", "train", "decode"]
+        args.parts = ["machine", "train", "decode", "kernels"]
     args.parts = args.parts or PARTS
     return args
 
@@ -74,6 +78,14 @@ def seconds(function, device, least=0.5):
         sync(device)
         calls += 1
     return (time.perf_counter() - began) / calls
+
+
+def once(function, device):
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function()
+    sync(device)
+    return time.perf_counter() - began
 
 
 def peak(device):
@@ -110,13 +122,7 @@ def train_ours(job, folder, device):
         torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sync(device)
-    times = []
-    for examples in job["batches"]:
-        began = time.perf_counter()
-        step(examples)
-        times.append(time.perf_counter() - began)
-    return timed_training(job, times, device)
+    return timed_training(job, [once(lambda: step(examples), device) for examples in job["batches"]], device)
 
 
 def train_trl(job, folder, device):
@@ -193,8 +199,63 @@ def timed_edits(job, edit, tally, device):
             "copied": tally["copied"] / max(1, tally["written"]) if tally else 0.0}
 
 
+def kernels_of(job, device):
+    """Yield (what, what the plain way is, our way, the plain way): the ways are functions that give the same."""
+    import model
+    config, kind, kernel = model.Config(**job["config"]), getattr(torch, job["dtype"]), "PyTorch's kernel"
+    heads, generator = (config.num_attention_heads, config.head_dim), torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(device, kind)
+    rows, tokens = job["cache"]
+    room = -(-tokens // 64) * 64  # as model.Cache makes it
+    q, block = noise(rows, 1, *heads), noise(2, rows, heads[0], 2 * room, heads[1])
+    hidden = (torch.arange(room, device=device) >= tokens).expand(rows, 1, room)
+    for where, (k, v) in (("", block[..., :room, :].contiguous()), (" in a larger block", block[..., :room, :])):
+        yield (f"cache of {rows} x {tokens}{where}", kernel, lambda: model.cached_attention(q, k, v, hidden),
+               lambda: model.sdpa(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=~hidden[:, None]))
+
+    llama, count = model.Llama(config).to(device, kind).requires_grad_(False), len(job["prompts"])
+    ids = torch.randint(config.vocab_size, (count, max(job["prompts"])), generator=generator).to(device)
+    prompts = [row[:length].tolist() for row, length in zip(ids, job["prompts"])]
+    ends = torch.arange(count, device=device), torch.tensor(job["prompts"], device=device) - 1
+    yield (f"prefill, {sum(job['prompts']):,} tokens", f"{count} rows padded to {len(ids[0])}",
+           lambda: model.prefill(llama, model.Cache(config, count, kind, device), prompts),
+           lambda: llama.lm_head(llama.hidden(ids, model.Causal(ids))[ends]))
+
+    def train(attend, x):
+        y = attend(*x)
+        return y, *torch.autograd.grad(y, x, grad_outputs=x[0].detach())
+    rows, tokens = job["documents"]
+    packed, apart = (model.Packed([tokens] * rows, device) for _ in range(2))
+    alone = model.groups_of([tokens], device, apart=True)[0][2:]
+    apart.groups = [(start, start + tokens, *alone) for start in range(0, rows * tokens, tokens)]
+    x = [noise(1, rows * tokens, *heads).requires_grad_() for _ in "qkv"]
+    yield (f"training, {rows} documents of {tokens}", "one document at a time",
+           lambda: train(functools.partial(packed, 0), x), lambda: train(functools.partial(apart, 0), x))
+    rows, tokens = job["rows"]
+    x = [noise(rows, tokens, *heads).requires_grad_() for _ in "qkv"]
+    yield (f"training, {rows} x {tokens}", kernel, lambda: train(model.causal_attention, x),
+           lambda: train(functools.partial(model.sdpa, is_causal=True), x))
+
+
+def kernels(job, folder, device):
+    """[(what, what the plain way is, seconds of our way, of the plain way), ...]: the fastest of calls in turn."""
+    found = []
+    for what, plain, *ways in kernels_of(job, device):
+        for ours, theirs in zip(*(way() for way in ways), strict=True):
+            far = (ours - theirs).float().norm() / theirs.float().norm()
+            if not far < max(4 * torch.finfo(ours.dtype).eps, 1e-5):
+                sys.exit(f"{what}: not what the plain way gives")
+        times, began = [], time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - began < job["least"]:
+            times.append([once(way, device) for way in ways])
+        found.append((what, plain, *map(min, zip(*times))))
+    return found
+
+
 JOBS = {"train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
-        "align_transformers": align_transformers}
+        "align_transformers": align_transformers, "kernels": kernels}
 
 
 def measure(kind, folder, args, peer=False, **job):
@@ -380,10 +441,9 @@ def bench_align(args, folder, rates):
         speed, note = len(prompts) / ours["seconds"], f"batch {batch}, {100 * ours['copied']:.0f} % copied"
         theirs = {}
         for size in (1, 16, 64) if args.peer else ():
-            few = {**job, "prompts": prompts[:8]} if size == 1 else job  # one at a time takes long, and 8 are enough
-            run = measure("align_transformers", where, args, peer=True, batch=size, **few)
+            run = measure("align_transformers", where, args, peer=True, batch=size, **job)
             if run:
-                theirs[size] = len(few["prompts"]) / run["seconds"], run["written"]
+                theirs[size] = len(prompts) / run["seconds"], run["written"]
         if not theirs:
             line(f"align: {label}, answers/s", f"{speed:.2f}", note=note)
             continue
@@ -392,7 +452,7 @@ def bench_align(args, folder, rates):
         line(f"align: {label}, answers/s", f"{speed:.2f}", f"{theirs[best][0]:.2f}", versus(speed, theirs[best][0]),
              f"{note}; transformers best at {best}: "
              + ", ".join(f"{size}: {rate:.2f}" for size, (rate, _) in theirs.items())
-             + f"; {same} of {len(theirs[best][1])} the same text")
+             + f"; {same} of {len(prompts)} the same text")
 
 
 def bench_copy(args, folder, rates):
@@ -429,6 +489,12 @@ def bench_decode(args, folder, rates):
          note=f"{read / each / 1e9:.1f} GB/s of weights, {100 * read / each / rates['bytes']:.0f} % of the copy")
 
 
+def bench_kernels(args, folder, rates):
+    for what, plain, *times in measure("kernels", folder, args, dtype=dtype(args), **KERNELS):
+        line(f"kernels: {what}, ms", *(f"{1e3 * each:,.2f}" for each in times), versus(*times[::-1]),
+             f"against {plain}")
+
+
 def main():
     args = ARGS
     if args.job:
@@ -447,7 +513,8 @@ def main():
     line("", "ours", "peer", "ratio")
     line("machine: bf16 matrix product, GFLOP/s", f"{rates['flops'] / 1e9:,.0f}")
     line("machine: copy, GB/s", f"{rates['bytes'] / 1e9:,.1f}")
-    parts = {"train": bench_train, "align": bench_align, "copy": bench_copy, "decode": bench_decode}
+    parts = {"train": bench_train, "align": bench_align, "copy": bench_copy, "decode": bench_decode,
+             "kernels": bench_kernels}
     for name, part in parts.items():
         if name in args.parts:
             with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,37 @@ def test_transformers_writes_the_same_edits(tmp_path):
     assert ours["written"] == theirs["written"] and any(ours["written"])
 
 
+SIZE = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+KERNELS = dict(config=SIZE, cache=(3, 50), prompts=[9, 5, 3], documents=(4, 7), rows=(2, 20), least=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_are_timed_at_any_size(dtype):
+    found = bench.kernels({**KERNELS, "dtype": dtype}, None, "cpu")
+    assert len(found) == 5 and all(min(ours, theirs) > 0 for _, _, ours, theirs in found)
+
+
+def unmasked(q, k, v, hidden):
+    return model.sdpa(q, k.transpose(1, 2), v.transpose(1, 2))
+
+
+def seeing_the_future(q, k, v):
+    return model.sdpa(q, k, v, is_causal=not q.requires_grad)
+
+
+def of_three_tokens(llama, cache, prompts):
+    return llama(torch.tensor([prompt[-3:] for prompt in prompts]))[:, -1]
+
+
+@pytest.mark.parametrize("name, wrong, what", [
+    ("cached_attention", unmasked, "cache"), ("prefill", of_three_tokens, "prefill"),
+    ("causal_attention", seeing_the_future, "training")])
+def test_a_kernel_that_gives_something_else_is_not_timed(monkeypatch, name, wrong, what):
+    monkeypatch.setattr(model, name, wrong)
+    with pytest.raises(SystemExit, match=f"{what}.*not what the plain way gives"):
+        bench.kernels({**KERNELS, "dtype": "float32"}, None, "cpu")
+
+
 def test_a_machine_is_measured(tmp_path):
     done = run("machine", "decode", "--device", "cpu")
     assert done.returncode == 0, done.stderr
