@@ -6,6 +6,7 @@
     copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
     decode    one sequence without copying: weights read per second against the copy
     kernels   attention to a cache, prefill, attention in training: each against the plain way to the same result
+    adapters  twelve preference models, adapters of one base, scoring: side by side against one after another
 
 Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
 wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`).
@@ -24,7 +25,8 @@ SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidde
 NEW_TOKENS = 256
 KERNELS = dict(config=SIZE, cache=(16, 316), prompts=list(range(224, 32, -6)), documents=(64, 27), rows=(8, 512),
                least=1.0)
-PARTS = ["machine", "train", "align", "copy", "decode", "kernels"]
+ADAPTERS = dict(config=SIZE, adapters=12, rank=8, tokens=100, answers=(1, 4, 16), calls=5)
+PARTS = ["machine", "train", "align", "copy", "decode", "kernels", "adapters"]
 COLUMNS = "{:<46}{:>14}{:>14}{:>9}  {}"
 
 
@@ -48,7 +50,7 @@ def arguments():
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
     if not args.parts and not args.job and not (Path(args.aligner) / "config.json").exists():
         print(f"{args.aligner}: no aligner there, so no align and no copy; `make train` makes one", file=sys.stderr)
-        args.parts = ["machine", "train", "decode", "kernels"]
+        args.parts = ["machine", "train", "decode", "kernels", "adapters"]
     args.parts = args.parts or PARTS
     return args
 
@@ -254,7 +256,47 @@ def kernels(job, folder, device):
     return found
 
 
-JOBS = {"train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
+def adapters(job, folder, device):
+    """[(answers, seconds with all adapters side by side, seconds one after another), ...], the fastest of calls in turn.
+    One after another, each adapter's weights are copied into a model with one adapter, which then scores."""
+    import model
+    kind, texts, folder = getattr(torch, job["dtype"]), torch.Generator().manual_seed(0), Path(folder)
+    model.Llama(model.Config(**job["config"])).save_pretrained(folder / "base")
+    names = []
+    for k in range(job["adapters"]):
+        llama = model.add_lora(model.Llama.from_pretrained(folder / "base", scorer=True), job["rank"], folder / "base", seed=k)
+        for name, parameter in llama.named_parameters():
+            if name == "score.weight" or "lora_B" in name:
+                parameter.data.normal_(0, 0.05, generator=texts)
+        llama.save_pretrained(folder / f"{k}")
+        names.append(folder / f"{k}")
+    several, one = (model.load_adapters(model.Llama.from_pretrained(folder / "base", kind, device, scorer=True), chosen)
+                    for chosen in (names, names[:1]))
+    swapped = dict(one.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in several.named_parameters() if name in swapped
+               and (name == "score.weight" or "lora_" in name)}
+
+    def in_turn(tokens, lengths):
+        scores = []
+        for k in range(len(names)):
+            for name, values in weights.items():
+                swapped[name].data.copy_(values[k:k + 1])
+            scores.append(model.document_scores(one, tokens, lengths)[0])
+        return torch.stack(scores)
+
+    found = []
+    for answers in job["answers"]:
+        lengths = [job["tokens"]] * answers
+        tokens = torch.randint(2, job["config"]["vocab_size"], (sum(lengths),), generator=texts).to(device)
+        ways = [functools.partial(model.document_scores, several, tokens, lengths), functools.partial(in_turn, tokens, lengths)]
+        with torch.inference_mode():
+            torch.testing.assert_close(ways[0](), ways[1](), rtol=0.05, atol=0.05 if kind == torch.bfloat16 else 1e-3)
+            times = [[once(way, device) for way in ways] for _ in range(job["calls"])]
+        found.append((answers, *map(min, zip(*times))))
+    return found
+
+
+JOBS = {"adapters": adapters, "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
         "align_transformers": align_transformers, "kernels": kernels}
 
 
@@ -495,6 +537,12 @@ def bench_kernels(args, folder, rates):
              f"against {plain}")
 
 
+def bench_adapters(args, folder, rates):
+    for answers, together, in_turn in measure("adapters", folder, args, dtype=dtype(args), **ADAPTERS):
+        line(f"adapters: {ADAPTERS['adapters']} score {answers} x {ADAPTERS['tokens']} tokens, ms", f"{1e3 * together:,.0f}",
+             f"{1e3 * in_turn:,.0f}", versus(in_turn, together), "side by side, against one after another")
+
+
 def main():
     args = ARGS
     if args.job:
@@ -514,7 +562,7 @@ def main():
     line("machine: bf16 matrix product, GFLOP/s", f"{rates['flops'] / 1e9:,.0f}")
     line("machine: copy, GB/s", f"{rates['bytes'] / 1e9:,.1f}")
     parts = {"train": bench_train, "align": bench_align, "copy": bench_copy, "decode": bench_decode,
-             "kernels": bench_kernels}
+             "kernels": bench_kernels, "adapters": bench_adapters}
     for name, part in parts.items():
         if name in args.parts:
             with tempfile.TemporaryDirectory() as folder:

@@ -764,7 +764,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x):
         low = x @ self.lora_A.transpose(1, 2).to(x.dtype)                            # (B, T, rank)
-        return F.linear(x, self.weight, self.bias) + low @ (self.scale * self.lora_B.transpose(1, 2)).to(x.dtype)
+        up = (self.scale * self.lora_B.transpose(1, 2)).to(x.dtype)                  # (K, rank, out)
+        return torch.baddbmm(F.linear(x, self.weight, self.bias), low, up.expand(len(x), -1, -1))
 
     def merged(self):
         """The same function as a plain layer."""

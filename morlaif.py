@@ -50,10 +50,11 @@ SMALL = {**POLICY, "hidden_size": 48, "intermediate_size": 128, "num_hidden_laye
 MANNERS = {"right": 0.55, "wrong": 0.35, "insult": 0.15, "boast": 0.4, "filler": 0.4, "other": 0.35}
 COMMON = dict(batch=32, weight_decay=0.01, max_tokens=512, val_every=1000, save_seconds=60.0)
 SFT = train.Options(lr=6e-3, epochs=1.0, max_steps=400, val_share=0.01, **COMMON)
-PREFERENCE = train.Options(lr=2e-3, epochs=2.0, val_share=0.0, **COMMON)
-PPO = ppo.Options(iterations=40, rollouts=64, minibatch=32, epochs=4, lr=5e-4, max_new_tokens=128, kl=0.05, kl_target=0,
-                  save_seconds=60.0)
+PREFERENCE = train.Options(epochs=2.0, val_share=0.0, **COMMON)
+PREFERENCE_LR = {"policy": 2e-3, "small": 3e-3}
+PPO = ppo.Options(iterations=40, rollouts=64, lr=2e-4, kl=0.05, kl_target=0, save_seconds=60.0)
 PAIRS = {"train": 2000, "fit": 400, "test": 400}  # to train the models, to fit the weights, to measure accuracy
+QUICK_PAIRS, QUICK_ITERATIONS = {**PAIRS, "train": 1200}, 30
 ANNOTATOR = dict(temperature=0.5, position_bias=0.2, flip_rate=0.05)
 PRINCIPLES = [*toy.PRINCIPLES]
 QUESTIONS = 300                                   # to each policy in the end
@@ -94,17 +95,17 @@ def answers_of(folder, prompts, seed, device):
     return [texts[i] for i in range(len(prompts))]
 
 
-def make_pairs(out, seed, device):
+def make_pairs(out, counts, seed, device):
     """{"train", "fit", "test": pairs of the policy's answers}; the same from a file when a run goes on."""
     path = out / "pairs.jsonl"
     if not path.exists():
         rng = random.Random(f"pairs {seed}")
-        prompts = [toy.question(rng)[0] for _ in range(sum(PAIRS.values()))]
+        prompts = [toy.question(rng)[0] for _ in range(sum(counts.values()))]
         first, second = (answers_of(out / "policy", prompts, seed * 2 + i, device) for i in range(2))
         data.write_jsonl(path, [{"prompt": prompt, "response_a": a, "response_b": b}
                                 for prompt, a, b in zip(prompts, first, second)])
     rows = iter([row for _, row in data.records(path)])
-    return {name: list(itertools.islice(rows, count)) for name, count in PAIRS.items()}
+    return {name: list(itertools.islice(rows, count)) for name, count in counts.items()}
 
 
 def exact_pairs(names, pairs):
@@ -122,7 +123,8 @@ def learn_preferences(out, pairs, seed, device):
     names = [*PRINCIPLES, "overall"]
     labels = list(reward.embedded_labels(pairs["train"], names, seed, **ANNOTATOR))
     data.write_jsonl(out / "labels.jsonl", labels)
-    return {size: reward.train_principles(out / base, labels, out / f"pms-{base}", with_seed(PREFERENCE, seed), device)
+    return {size: reward.train_principles(out / base, labels, out / f"pms-{base}",
+                                          with_seed(PREFERENCE, seed, lr=PREFERENCE_LR[base]), device)
             for size, base in (("same size", "policy"), ("small", "small"))}
 
 
@@ -190,9 +192,9 @@ def by_number(fit, test, truth, pairs, seed, orders=10):
 # Policies, and who wins (figures 3 and 4)
 
 
-def train_policies(out, models, weights, seed, device, hows):
+def train_policies(out, models, weights, hows, iterations, seed, device):
     """PPO from the same start: on the single model (RLAIF), and on the principles' models (MORLAIF), with each of
-    `hows`; also with models several times smaller than the policy."""
+    `hows`; also with models several times smaller than the policy. Gives how each went."""
     runs = {"single": (models["same size"][-1:], [1.0], "linear"), "single, small": (models["small"][-1:], [1.0], "linear")}
     runs |= {how: (models["same size"][:-1], weights["same size"], how) for how in hows}
     runs["linear, small"] = (models["small"][:-1], weights["small"], "linear")
@@ -204,7 +206,7 @@ def train_policies(out, models, weights, seed, device, hows):
         policy = model.Llama.from_pretrained(out / "policy", device=device)
         tokenizer = model.load_tokenizer(out / "policy", policy)
         rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, how, folder,
-                           with_seed(PPO, seed), resume=True)
+                           with_seed(PPO, seed, iterations=iterations), resume=True)
         course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows], "reward": [row["reward"] for row in rows]}
     return course
 
@@ -245,22 +247,24 @@ def scalarized(scores, weights):
     return found
 
 
-def run_seed(out, seed, hows, device):
+def run_seed(out, seed, quick, device):
     """All that one seed gives, as written to OUT/results.json."""
+    hows = ["linear", "worst_case"] if quick else [*reward.SCALARIZATIONS]
+    counts, iterations = (QUICK_PAIRS, QUICK_ITERATIONS) if quick else (PAIRS, PPO.iterations)
     path = out / "results.json"
     if path.exists():
         return data.read_json(path)
     step(f"seed {seed}: a policy learns to answer")
     train_bases(out, seed, device)
     step(f"seed {seed}: it answers twice, and an annotator compares")
-    pairs = make_pairs(out, seed, device)
+    pairs = make_pairs(out, counts, seed, device)
     step(f"seed {seed}: preference models learn")
     models = learn_preferences(out, pairs, seed, device)
     step(f"seed {seed}: how accurate they are")
     judged = {size: judge_models(folders, pairs, seed, device) for size, folders in models.items()}
     weights = {size: found["weights"] for size, found in judged.items()}
     step(f"seed {seed}: policies learn from them")
-    course = train_policies(out, models, weights, seed, device, hows)
+    course = train_policies(out, models, weights, hows, iterations, seed, device)
     step(f"seed {seed}: exact judges compare")
     result = {"seed": seed, "test": [row["prompt"] for row in pairs["test"]], "models": judged, "course": course,
               "policies": judge_policies(out, course, weights, seed, device)}
@@ -365,9 +369,8 @@ def print_course(results):
 def main():
     args = arguments()
     device = train.device_named(args.device)
-    hows = ["linear", "worst_case"] if args.quick else [*reward.SCALARIZATIONS]
-    out = Path(args.out)
-    results = [run_seed(out / f"seed-{seed}{'-quick' if args.quick else ''}", seed, hows, device)
+    out = Path(args.out) / "quick" if args.quick else Path(args.out)
+    results = [run_seed(out / f"seed-{seed}", seed, args.quick, device)
                for seed in (args.seeds[:1] if args.quick else args.seeds)]
     step("what was found")
     report(out, results)

@@ -91,6 +91,21 @@ def test_a_kernel_that_gives_something_else_is_not_timed(monkeypatch, name, wron
         bench.kernels({**KERNELS, "dtype": "float32"}, None, "cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_timed_at_any_size(tmp_path, dtype):
+    job = dict(config=SIZE, adapters=3, rank=2, tokens=7, answers=(1, 5), calls=2, dtype=dtype)
+    found = bench.adapters(job, tmp_path, "cpu")
+    assert [answers for answers, _, _ in found] == [1, 5] and all(min(times) > 0 for _, *times in found)
+
+
+def test_adapters_that_score_something_else_are_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(model.LoraLinear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight))
+    scores = model.document_scores
+    monkeypatch.setattr(model, "document_scores", lambda *args: scores(*args).roll(1))
+    with pytest.raises(AssertionError):
+        bench.adapters(dict(config=SIZE, adapters=3, rank=2, tokens=7, answers=(2,), calls=2, dtype="float32"), tmp_path, "cpu")
+
+
 def test_a_machine_is_measured(tmp_path):
     done = run("machine", "decode", "--device", "cpu")
     assert done.returncode == 0, done.stderr
