@@ -52,9 +52,10 @@ COMMON = dict(batch=32, weight_decay=0.01, max_tokens=512, val_every=1000, save_
 SFT = train.Options(lr=6e-3, epochs=1.0, max_steps=400, val_share=0.01, **COMMON)
 PREFERENCE = train.Options(epochs=2.0, val_share=0.0, **COMMON)
 PREFERENCE_LR = {"policy": 2e-3, "small": 3e-3}
-PPO = ppo.Options(iterations=40, rollouts=64, lr=2e-4, kl=0.05, kl_target=0, save_seconds=60.0)
+# lam=1: in so few steps the values explain little, and a shorter horizon would then credit the last words with all.
+PPO = ppo.Options(iterations=30, rollouts=64, lr=2e-4, kl=0.05, kl_target=0, lam=1.0, save_seconds=60.0)
 PAIRS = {"train": 2000, "fit": 400, "test": 400}  # to train the models, to fit the weights, to measure accuracy
-QUICK_PAIRS, QUICK_ITERATIONS = {**PAIRS, "train": 1200}, 30
+QUICK_PAIRS, QUICK_ITERATIONS = {**PAIRS, "train": 1000}, 25
 ANNOTATOR = dict(temperature=0.5, position_bias=0.2, flip_rate=0.05)
 PRINCIPLES = [*toy.PRINCIPLES]
 QUESTIONS = 300                                   # to each policy in the end
@@ -140,7 +141,7 @@ def fitted(scores, pairs, seed):
     logistic regression, their mean size 1."""
     labels = [row["p_a"] for row in reward.embedded_labels(pairs, ["overall"], seed, **ANNOTATOR)]
     weights = reward.fit_weights((scores[..., 0] - scores[..., 1]).T.numpy(), labels)
-    return torch.tensor(weights / abs(weights).mean(), dtype=torch.float32)
+    return torch.tensor(weights / (abs(weights).mean() or 1.0), dtype=torch.float32)
 
 
 def right(margins, truth):
@@ -172,17 +173,19 @@ def judge_models(folders, pairs, seed, device):
     exact = {name: exact_pairs(PRINCIPLES, pairs[name]) for name in ("fit", "test")}
     exact = {name: normalised(scores, exact["fit"]) for name, scores in exact.items()}
     return {"alone": alone, "calibration": error, "correlation": correlation, "weights": weights.tolist(),
-            "joined": joined, "number": {"models": by_number(fit, test, truth[-1], pairs, seed),
-                                         "ceiling": by_number(exact["fit"], exact["test"], truth[-1], pairs, seed)}}
+            "joined": joined, "number": {"models": by_number(fit, test, truth[-1], pairs["fit"], seed),
+                                         "ceiling": by_number(exact["fit"], exact["test"], truth[-1], pairs["fit"],
+                                                                seed)}}
 
 
 def by_number(fit, test, truth, pairs, seed, orders=10):
-    """{k: who is right, per pair, with k principles joined linearly}, a mean over random orders of the principles."""
+    """{k: who is right, per pair, with k principles joined linearly}, a mean over random orders of the principles. fit
+    and test: normalised scores (K, P, 2), those of `fit` of the responses in `pairs`."""
     rng, found = random.Random(f"orders {seed}"), {}
     for order in [rng.sample(range(len(fit)), len(fit)) for _ in range(orders)]:
         for count in (1, 2, 3, 4, 6, 8, 10, 12):
             chosen = sorted(order[:count])
-            weights = fitted(fit[chosen], pairs["fit"], seed)
+            weights = fitted(fit[chosen], pairs, seed)
             found.setdefault(count, []).append(right(combined(test[chosen], weights, "linear"), truth))
     return {count: [None if column[0] is None else sum(column) / orders for column in zip(*rows)]
             for count, rows in found.items()}
@@ -303,7 +306,7 @@ class Found:
                   + " ".join(f"{value:.1f}" for value in each))
         middle = (low + high) / 2
         lines = [(label, [(middle, percent, "after")], interval, reward.with_interval(percent, interval))
-                 for label, (percent, interval, _) in rows]
+                 for label, (percent, interval, _) in rows if percent is not None]
         self.parts.append(f"<h2>{title}</h2><div class=\"card\">{eval.bar_chart(lines, low, high, title)}</div>")
 
     def table(self, title, head, rows):

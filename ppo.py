@@ -76,6 +76,7 @@ class Options:
     lam: float = 0.95
     clip: float = 0.2
     value_coefficient: float = 0.1
+    centre: bool = True
     whiten: bool = True
     scale_reward: bool = True
     unfinished_penalty: float = 1.0
@@ -101,6 +102,8 @@ OPTION_HELP = [  # name, type, what is refused at once, help
     ("gamma", float, (0, 1), "discount per token"), ("lam", float, (0, 1), "lambda of generalised advantages"),
     ("clip", float, (1e-9, 1e9), "largest change of a token's probability ratio, or of a value, to learn from"),
     ("value_coefficient", float, (0, 1e6), "weight of the value's loss beside the policy's"),
+    ("centre", bool, None, "subtract an iteration's mean reward, so that while values are yet to be learned nothing is "
+     "gained by ending sooner or later"),
     ("whiten", bool, None, "give an iteration's advantages mean 0 and deviation 1"),
     ("scale_reward", bool, None, "divide rewards by their running deviation, and cut them at +-10"),
     ("unfinished_penalty", float, (0, 1e6), "subtracted from the reward of an answer that does not end"),
@@ -238,6 +241,8 @@ def improve(policy, tokenizer, prompts, rewards, weights, how, out, options, res
             scalar = reward.scalarize(normalised, weights, how)                      # (N,)
             unfinished = torch.tensor([not rollout.finished for rollout in rollouts])
             final = scalar - options.unfinished_penalty * unfinished
+            if options.centre:
+                final = final - final.mean()
             if options.scale_reward:
                 final = scaled(final, course.rewards)
             # Credit each token with what follows from it
