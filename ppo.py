@@ -80,6 +80,7 @@ class Options:
     whiten: bool = True
     scale_reward: bool = True
     unfinished_penalty: float = 1.0
+    lora_rank: int = 0
     micro_tokens: int = 16384
     precision: str = "auto"
     seed: int = 0
@@ -107,6 +108,7 @@ OPTION_HELP = [  # name, type, what is refused at once, help
     ("whiten", bool, None, "give an iteration's advantages mean 0 and deviation 1"),
     ("scale_reward", bool, None, "divide rewards by their running deviation, and cut them at +-10"),
     ("unfinished_penalty", float, (0, 1e6), "subtracted from the reward of an answer that does not end"),
+    ("lora_rank", int, (0, 10**6), "train low-rank adapters of this rank, the rest frozen; 0: train everything"),
     ("micro_tokens", int, (1, 10**9), "tokens per forward pass; lower it when memory runs out"),
     ("precision", str, None, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"),
     ("seed", int, (0, 2**60), "of prompts, sampling and minibatches"),
@@ -219,7 +221,8 @@ def improve(policy, tokenizer, prompts, rewards, weights, how, out, options, res
         print(f"{out}: finished already")
         return train.read_metrics(out)
     encoded = encode(tokenizer, prompts, policy.config, options)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    frozen = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}  # LoRA's base: once
+    reference = copy.deepcopy(policy, frozen).requires_grad_(False)
     agent = nn.ModuleDict({"policy": policy, "value": value_head(policy)})
     optimizer = train.make_optimizer(agent, options)
     if state:
@@ -553,7 +556,7 @@ def main():
     rewards = Together(args.reward, device)
     weights = read_weights(args.weights, rewards.names)
     reward.scalarize(torch.zeros(len(weights), 1), weights, args.how)  # UserError now where --how is unknown
-    policy = model.Llama.from_pretrained(args.model, device=device)
+    policy = train.start_from(args.model, "ppo", device, options)
     tokenizer = model.load_tokenizer(args.model, policy)
     rows = [row for path in args.data for row in data.read_rated(path, objective="chosen")]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))

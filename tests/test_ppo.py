@@ -386,6 +386,35 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, command(world, tmp_path / "bf16", "--precision", "bf16", "--no-whiten")) == 0
 
 
+def test_adapters_learn_while_the_base_is_shared_with_the_reference_and_stays_as_it_was(world, tmp_path, monkeypatch):
+    seen, measure = [], ppo.measure
+    monkeypatch.setattr(ppo, "measure", lambda agent, reference, *rest: seen.append((agent["policy"], reference))
+                        or measure(agent, reference, *rest))
+    before = (world / "policy" / "model.safetensors").read_bytes()
+    assert run(monkeypatch, command(world, tmp_path / "out", "--lora-rank", 2, "--lr", "0.01", "--precision", "fp32",
+                                    "--no-centre")) == 0
+    policy, reference = seen[-1]
+    here, there = policy.model.layers[0].mlp.up_proj, reference.model.layers[0].mlp.up_proj
+    assert here.weight is there.weight and there.lora_B.abs().max() == 0 < here.lora_B.abs().max()
+    assert (world / "policy" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    loaded, tokens = model.Llama.from_pretrained(tmp_path / "out"), torch.arange(2, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens), policy(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_that_all_answers_share_teaches_nothing_when_centred(tmp_path):
+    """Values are zero at first, so an equal reward would otherwise make every word likelier, or less likely."""
+    few = dict(unfinished_penalty=0.0, whiten=False, reference_count=0, iterations=2, kl=0.0, lam=0.9)
+    moved = {}
+    for centre in (True, False):
+        policy = tiny(12, seed=1)
+        rows = ppo.improve(policy, word_tokenizer(12), ["a b", "b"], Table(defaultdict(lambda: 2.5)), [1.0], "linear",
+                           tmp_path / str(centre), ppo.Options(**{**FAST, **few, "centre": centre}), progress=False)
+        moved[centre] = rows[-1]["kl"]
+    assert moved[True] == pytest.approx(0, abs=1e-5) and abs(moved[False]) > 1e-4
+
+
 @pytest.mark.parametrize("more, expected", [
     (["--weights", "1"], "1 for 2 rewards"), (["--weights", "1", "x"], "not all numbers"),
     (["--weights", "1", "nan"], "not all finite"), (["--how", "guess"], "guess"),
