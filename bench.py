@@ -100,7 +100,8 @@ def peak(device):
 def machine(device):
     """bf16 FLOP/s of a matrix product, the best of three shapes; bytes/s of a copy, those read and those written."""
     rates = []
-    for rows, inner, columns in ((4096, 512, 1376), (4096, 2048, 2048), (8192, 8192, 8192))[:3 if device == "cuda" else 2]:
+    shapes = (4096, 512, 1376), (4096, 2048, 2048), (8192, 8192, 8192)
+    for rows, inner, columns in shapes[:3 if device == "cuda" else 2]:
         a = torch.randn(rows, inner, device=device).bfloat16()
         b = torch.randn(columns, inner, device=device).bfloat16()
         rates.append(2 * rows * inner * columns / seconds(lambda: a @ b.T, device))
@@ -264,7 +265,8 @@ def adapters(job, folder, device):
     model.Llama(model.Config(**job["config"])).save_pretrained(folder / "base")
     names = []
     for k in range(job["adapters"]):
-        llama = model.add_lora(model.Llama.from_pretrained(folder / "base", scorer=True), job["rank"], folder / "base", seed=k)
+        base = model.Llama.from_pretrained(folder / "base", scorer=True)
+        llama = model.add_lora(base, job["rank"], folder / "base", seed=k)
         for name, parameter in llama.named_parameters():
             if name == "score.weight" or "lora_B" in name:
                 parameter.data.normal_(0, 0.05, generator=texts)
@@ -288,7 +290,8 @@ def adapters(job, folder, device):
     for answers in job["answers"]:
         lengths = [job["tokens"]] * answers
         tokens = torch.randint(2, job["config"]["vocab_size"], (sum(lengths),), generator=texts).to(device)
-        ways = [functools.partial(model.document_scores, several, tokens, lengths), functools.partial(in_turn, tokens, lengths)]
+        ways = [functools.partial(model.document_scores, several, tokens, lengths),
+                functools.partial(in_turn, tokens, lengths)]
         with torch.inference_mode():
             torch.testing.assert_close(ways[0](), ways[1](), rtol=0.05, atol=0.05 if kind == torch.bfloat16 else 1e-3)
             times = [[once(way, device) for way in ways] for _ in range(job["calls"])]
@@ -501,7 +504,8 @@ def bench_copy(args, folder, rates):
     writer, sizes = aligners(args, folder)
     found = embedded_prompts(writer, 600)
     job = {"new_tokens": NEW_TOKENS, "dtype": dtype(args), "passes": 3}
-    written = measure("align_ours", sizes[0][1], args, batch=64, draft=15, prompts=[p for p, _ in found], **job)["written"]
+    prompts = [prompt for prompt, _ in found]
+    written = measure("align_ours", sizes[0][1], args, batch=64, draft=15, prompts=prompts, **job)["written"]
     chosen = [prompt for (prompt, answer), edit in zip(found, written) if 0.65 <= kept(answer, edit) <= 0.75]
     for label, where in sizes:
         for batch, count in ((1, 16), (16, 64)):
@@ -539,8 +543,9 @@ def bench_kernels(args, folder, rates):
 
 def bench_adapters(args, folder, rates):
     for answers, together, in_turn in measure("adapters", folder, args, dtype=dtype(args), **ADAPTERS):
-        line(f"adapters: {ADAPTERS['adapters']} score {answers} x {ADAPTERS['tokens']} tokens, ms", f"{1e3 * together:,.0f}",
-             f"{1e3 * in_turn:,.0f}", versus(in_turn, together), "side by side, against one after another")
+        what = f"adapters: {ADAPTERS['adapters']} score {answers} x {ADAPTERS['tokens']} tokens, ms"
+        line(what, f"{1e3 * together:,.0f}", f"{1e3 * in_turn:,.0f}", versus(in_turn, together),
+             "side by side, against one after another")
 
 
 def main():

@@ -488,7 +488,8 @@ def read_preferences(path, principle=None):
             for name in a["scores"].keys() & b["scores"].keys():
                 if principle in (None, name):
                     difference = a["scores"][name] - b["scores"][name]
-                    yield preference(row["prompt"], a["text"], b["text"], name, (difference > 0) + 0.5 * (difference == 0))
+                    p_a = (difference > 0) + 0.5 * (difference == 0)
+                    yield preference(row["prompt"], a["text"], b["text"], name, p_a)
 
 
 def preference(prompt, response_a, response_b, principle, p_a):

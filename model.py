@@ -39,7 +39,7 @@ keep_memory()
 
 
 def computes_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware; a CPU that does not takes 2 to 4 x longer than in fp32."""
+    """Whether the device multiplies bf16 matrices in hardware; a CPU that does not takes 2 to 4 x longer in bf16."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
@@ -395,8 +395,8 @@ class Packed:
 
 def groups_of(lengths, device, apart):
     """Which documents attention takes together: [(first token, end, places in the padded rows, (R, T)), ...]. A GPU
-    takes all at once. A CPU takes those apart that differ in length; lengths are rounded up, since it builds a kernel for
-    each new one."""
+    takes all at once. A CPU takes those apart that differ in length; lengths are rounded up, since it builds a kernel
+    for each new one."""
     wide = [max(lengths)] * len(lengths)
     if apart:
         wide = [-(-length // 64) * 64 if length > 64 else -(-length // 16) * 16 for length in lengths]
@@ -460,22 +460,24 @@ class Cache:
                 x[target] = x[source]
             self.lengths[target] = self.lengths[source]
 
-    def append(self, counts, first=0):
-        """Prepare for counts[r] further tokens of row first + r, one row's after another's."""
-        device, (row, offset) = self.k[0].device, places_of(counts)
+    def append(self, counts, first=0, spare=0):
+        """Prepare for counts[r] further tokens of row first + r, one row's after another's; and for spare ones behind
+        the last row's, which attend to nothing and are not kept."""
+        device, (row, offset) = self.k[0].device, places_of([*counts[:-1], counts[-1] + spare])
         before = torch.tensor(self.lengths[first:first + len(counts)])
         self.row, self.position = (first + row).to(device), (before[row] + offset).to(device)
         self.positions = self.position[None]
         for r, count in enumerate(counts):
             self.lengths[first + r] += count
-        self.grow(max(self.lengths[first:first + len(counts)]))
+        self.grow(max(self.lengths[first:first + len(counts)]) + spare)
         self.prefill = None if before.any() else Packed(counts, device)
         self.parts = [] if self.prefill else self.divide(torch.tensor(counts), before, first)
         return self
 
     def divide(self, counts, before, first):
         """Attention of few new tokens to many old ones: in one part on a GPU, its rows padded to the longest; apart on
-        a CPU, first every row's first token, then each row's guessed tokens if it has any: a fifth faster with 64 rows. The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape. A part is
+        a CPU, first every row's first token, then each row's guessed tokens if it has any: a fifth faster with 64 rows.
+        The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape. A part is
         (slice of rows, (R, C) which new tokens, (R, C, room) what is hidden from them)."""
         starts, device = counts.cumsum(0) - counts, self.k[0].device
 
@@ -497,7 +499,7 @@ class Cache:
         values[self.row, :, self.position] = v[0].to(values.dtype)
         if self.prefill:
             return self.prefill(layer, q, k, v)
-        y = torch.empty_like(q[0])                                                   # (N, H, E)
+        y = torch.zeros_like(q[0])                                                   # (N, H, E)
         for rows, which, hidden in self.parts:
             asking = F.pad(q[0][which], (0, 0, 0, 0, 0, 0, 0, len(hidden) - len(which)))
             y[which] = cached_attention(asking, keys[rows], values[rows], hidden)[:len(which)]
@@ -610,11 +612,9 @@ def generate(llama, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=
 def advance(llama, cache, texts):
     """Append a few tokens per row to the cache; logits (N, V) of what follows each of them, row after row."""
     tokens, counts = [token for text in texts for token in text], list(map(len, texts))
-    spare = rounded(len(tokens)) - len(tokens)  # shapes that recur: the last row takes the rest, for nothing
-    counts[-1] += spare
-    attend = cache.append(counts)
+    spare = rounded(len(tokens)) - len(tokens)  # shapes that recur
+    attend = cache.append(counts, spare=spare)
     hidden = llama.hidden(torch.tensor([tokens + [0] * spare], device=llama.device), attend)[0]
-    cache.lengths[len(texts) - 1] -= spare
     return llama.lm_head(hidden)[:len(tokens)]
 
 

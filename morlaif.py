@@ -198,7 +198,8 @@ def by_number(fit, test, truth, pairs, seed, orders=10):
 def train_policies(out, models, weights, hows, iterations, seed, device):
     """PPO from the same start: on the single model (RLAIF), and on the principles' models (MORLAIF), with each of
     `hows`; also with models several times smaller than the policy. Gives how each went."""
-    runs = {"single": (models["same size"][-1:], [1.0], "linear"), "single, small": (models["small"][-1:], [1.0], "linear")}
+    runs = {"single": (models["same size"][-1:], [1.0], "linear"),
+            "single, small": (models["small"][-1:], [1.0], "linear")}
     runs |= {how: (models["same size"][:-1], weights["same size"], how) for how in hows}
     runs["linear, small"] = (models["small"][:-1], weights["small"], "linear")
     rng = random.Random(f"ppo {seed}")
@@ -210,7 +211,7 @@ def train_policies(out, models, weights, hows, iterations, seed, device):
         tokenizer = model.load_tokenizer(out / "policy", policy)
         rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, how, folder,
                            with_seed(PPO, seed, iterations=iterations), resume=True)
-        course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows], "reward": [row["reward"] for row in rows]}
+        course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows]}
     return course
 
 
@@ -326,12 +327,16 @@ def report(out, results):
         return result["policies"]["prompts"]
 
     for size in results[0]["models"]:
+        def alone(name):
+            return found.rate(lambda r: r["models"][size]["alone"][name], test)
+
+        def joined(how):
+            return found.rate(lambda r: r["models"][size]["joined"][how], test)
+        single = ("the single model, overall", alone("overall"))
         found.chart(f"Fig. 2a: accuracy of preference models alone, in % ({size})",
-                    [(name if name != "overall" else "the single model (overall)",
-                      found.rate(lambda r: r["models"][size]["alone"][name], test)) for name in [*PRINCIPLES, "overall"]])
-        found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, and by the single model, in % ({size})",
-                    [(how, found.rate(lambda r: r["models"][size]["joined"][how], test)) for how in reward.SCALARIZATIONS]
-                    + [("the single model", found.rate(lambda r: r["models"][size]["alone"]["overall"], test))])
+                    [(name, alone(name)) for name in PRINCIPLES] + [single])
+        found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, in % ({size})",
+                    [(how, joined(how)) for how in reward.SCALARIZATIONS] + [single])
     course = results[0]["course"]
     found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
                 [(name, found.rate(lambda r: [0.5 + 0.5 * ((b > a) - (b < a)) for a, b in
