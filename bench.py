@@ -299,7 +299,29 @@ def adapters(job, folder, device):
     return found
 
 
-JOBS = {"adapters": adapters, "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
+def adapters_peft(job, folder, device):
+    """[(answers, seconds), ...] of peft: the adapters that `adapters` has written, switched to one after another."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+    llama = AutoModelForSequenceClassification.from_pretrained(f"{folder}/base", num_labels=1, pad_token_id=0,
+                                                               dtype=getattr(torch, job["dtype"])).to(device)
+    several = PeftModel.from_pretrained(llama, f"{folder}/0", adapter_name="0")
+    for k in range(1, job["adapters"]):
+        several.load_adapter(f"{folder}/{k}", adapter_name=f"{k}")
+
+    def in_turn(ids):
+        for k in range(job["adapters"]):
+            several.set_adapter(f"{k}")
+            several(input_ids=ids).logits
+    found = []
+    for answers in job["answers"]:
+        ids = torch.randint(2, job["config"]["vocab_size"], (answers, job["tokens"])).to(device)
+        with torch.inference_mode():
+            found.append((answers, min(once(functools.partial(in_turn, ids), device) for _ in range(job["calls"]))))
+    return found
+
+
+JOBS = {"adapters": adapters, "adapters_peft": adapters_peft, "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
         "align_transformers": align_transformers, "kernels": kernels}
 
 
@@ -542,10 +564,16 @@ def bench_kernels(args, folder, rates):
 
 
 def bench_adapters(args, folder, rates):
-    for answers, together, in_turn in measure("adapters", folder, args, dtype=dtype(args), **ADAPTERS):
+    job = dict(dtype=dtype(args), **ADAPTERS)
+    ours = measure("adapters", folder, args, **job)
+    for answers, together, in_turn in ours:
         what = f"adapters: {ADAPTERS['adapters']} score {answers} x {ADAPTERS['tokens']} tokens, ms"
         line(what, f"{1e3 * together:,.0f}", f"{1e3 * in_turn:,.0f}", versus(in_turn, together),
              "side by side, against one after another")
+    theirs = measure("adapters_peft", folder, args, peer=True, **job) if args.peer else None
+    for (answers, peft), (_, together, _) in zip(theirs or (), ours):
+        line(f"adapters: the same, {answers} answers, against peft", f"{1e3 * together:,.0f}", f"{1e3 * peft:,.0f}",
+             versus(peft, together))
 
 
 def main():
