@@ -313,7 +313,7 @@ class Found:
     def table(self, title, head, rows):
         print(f"\n{title}")
         for cells in [("", *head), *rows]:
-            print("  " + f"{cells[0]:22}" + "".join(f"{cell:>9.8}" for cell in cells[1:]))
+            print("  " + f"{cells[0]:22}" + "".join(f"{cell:>11.10}" for cell in cells[1:]))
         self.parts.append(f"<h2>{title}</h2>" + eval.html_table(["", *head], rows))
 
 
@@ -326,6 +326,8 @@ def report(out, results):
     def asked(result):
         return result["policies"]["prompts"]
 
+    noise = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ANNOTATOR.items())
+    print(f"annotator: {noise}; {len(results)} seeds; intervals: 95 %, bootstrap over prompts")
     for size in results[0]["models"]:
         def alone(name):
             return found.rate(lambda r: r["models"][size]["alone"][name], test)
@@ -337,6 +339,9 @@ def report(out, results):
                     [(name, alone(name)) for name in PRINCIPLES] + [single])
         found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, in % ({size})",
                     [(how, joined(how)) for how in reward.SCALARIZATIONS] + [single])
+    sizes = list(results[0]["models"])
+    found.table("Calibration: how far the models' probabilities are off (expected calibration error, in points)", sizes,
+                [(name, *(calibration_error(results, size, name) for size in sizes)) for name in [*PRINCIPLES, "overall"]])
     course = results[0]["course"]
     found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
                 [(name, found.rate(lambda r: [0.5 + 0.5 * ((b > a) - (b < a)) for a, b in
@@ -360,6 +365,12 @@ def report(out, results):
                      for count in results[0]["models"]["same size"]["number"][kind]])
     eval.write_page(out / "report.html", "nanoalign: MORLAIF", found.parts)
     print(f"\nwrote {out / 'report.html'} and a results.json for each seed")
+
+
+def calibration_error(results, size, name):
+    """The mean over seeds, in points, as a text."""
+    errors = [result["models"][size]["calibration"][name] for result in results]
+    return "-" if None in errors else f"{100 * numpy.mean(errors):.1f}"
 
 
 def print_course(results):
