@@ -81,6 +81,7 @@ class Options:
     scale_reward: bool = True
     unfinished_penalty: float = 1.0
     lora_rank: int = 0
+    bf16_moments: bool = False
     micro_tokens: int = 16384
     precision: str = "auto"
     seed: int = 0
@@ -109,6 +110,7 @@ OPTION_HELP = [  # name, type, what is refused at once, help
     ("scale_reward", bool, None, "divide rewards by their running deviation, and cut them at +-10"),
     ("unfinished_penalty", float, (0, 1e6), "subtracted from the reward of an answer that does not end"),
     ("lora_rank", int, (0, 10**6), "train low-rank adapters of this rank, the rest frozen; 0: train everything"),
+    ("bf16_moments", bool, None, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight"),
     ("micro_tokens", int, (1, 10**9), "tokens per forward pass; lower it when memory runs out"),
     ("precision", str, None, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"),
     ("seed", int, (0, 2**60), "of prompts, sampling and minibatches"),
