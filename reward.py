@@ -1,5 +1,6 @@
 """MORLAIF's rewards: AI feedback per principle, preference models that learn it, and how their scores become one.
 
+    python reward.py answer prompts.jsonl --policy FOLDER --out rated.jsonl
     python reward.py label rated.jsonl --out labels.jsonl
     python reward.py label rated.jsonl --principles toxicity "Brevity: The response should be short" \\
         --judge-url http://localhost:8000 --judge-model NAME --out labels.jsonl
@@ -27,10 +28,47 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    label = commands.add_parser("label", help="label pairs of responses, principle by principle",
-                                description="Label pairs of responses, principle by principle. Without --judge-url "
-                                "the embedded world's noisy annotator does it. A killed run continues.")
-    add = label.add_argument
+
+    def command(name, short, long):
+        return commands.add_parser(name, help=short, description=long)
+    parsers = {
+        "answer": answer_flags(command("answer", "let a policy answer prompts twice, for pairs to compare",
+                                       "Let a policy answer prompts several times. A killed run continues.")),
+        "label": label_flags(command("label", "label pairs of responses, principle by principle",
+                                     "Label pairs of responses, principle by principle. Without --judge-url the embedded "
+                                     "world's noisy annotator does it. A killed run continues.")),
+        "train": train_flags(command("train", "train a preference model for each principle that is labelled",
+                                     "Train a preference model for each principle that is labelled, and report how it "
+                                     "does on prompts held out. A killed run continues."),
+                             sys.argv[1:] if argv is None else argv),
+        "score": score_flags(command("score", "score pairs, and tell how accurate the scores are",
+                                     "Score pairs of responses by preference models, and tell how often they agree "
+                                     "with the labels."))}
+    args = parser.parse_args(argv)
+    check = {"answer": check_answer, "label": check_label, "train": check_train}.get(args.command)
+    if check:
+        check(args, parsers[args.command])
+    return args
+
+
+def answer_flags(parser):
+    add = parser.add_argument
+    add("data", nargs="+", metavar="FILE", help="prompts, in any form that data.py reads")
+    add("--policy", required=True, metavar="FOLDER_OR_URL", help="a Llama, or an OpenAI-compatible server")
+    add("--policy-model", metavar="NAME", help="the model's name on that server")
+    add("--out", required=True, metavar="FILE", help=".jsonl(.gz) of prompt and responses, which `label` reads")
+    add("--responses", type=int, default=2, metavar="N", help="answers to each prompt (default 2)")
+    add("--temperature", type=float, default=1.0, help="of the sampling (default 1)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    add("--batch", type=int, default=64, metavar="N", help="answers at a time (default 64)")
+    add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser
+
+
+def label_flags(parser):
+    add = parser.add_argument
     add("data", nargs="+", metavar="FILE", help="two or more responses to a prompt, in any form that data.py reads; "
         "each two of them are a pair")
     add("--out", required=True, metavar="FILE", help=".jsonl(.gz) of prompt, response_a, response_b, principle, p_a")
@@ -47,34 +85,47 @@ def arguments(argv=None):
         help="the annotator's: labels that it turns round (default 0.05)")
     add("--limit", type=int, metavar="N", help="only the first N pairs")
     add("--seed", type=int, default=0, help="of the annotator's noise (default 0)")
-    learn = commands.add_parser("train", help="train a preference model for each principle that is labelled",
-                                description="Train a preference model for each principle that is labelled, and report "
-                                "how it does on prompts held out. A killed run continues.")
-    add = learn.add_argument
+    return parser
+
+
+def train_flags(parser, argv):
+    add = parser.add_argument
     add("data", nargs="+", metavar="FILE", help="labels, rated responses, HH-RLHF or TRL pairs, AlpacaEval, Auto-J")
     add("--model", required=True, metavar="FOLDER", help="the Llama to start from")
     add("--out", required=True, metavar="FOLDER", help="where a folder for each principle goes")
     add("--principles", nargs="+", metavar="NAME", help="train only these (default: all that are labelled)")
-    if (sys.argv[1:] if argv is None else argv)[:1] == ["train"]:  # its options are train.py's: seconds to import
+    if argv[:1] == ["train"]:  # the other options are train.py's, which takes seconds to import
         import train
-        train.add_options(learn, train.Options(**TRAINING), train.OPTION_HELP)
-    score = commands.add_parser("score", help="score pairs, and tell how accurate the scores are",
-                                description="Score pairs of responses by preference models, and tell how often they "
-                                "agree with the labels.")
-    add = score.add_argument
+        train.add_options(parser, train.Options(**TRAINING), train.OPTION_HELP)
+    return parser
+
+
+def score_flags(parser):
+    add = parser.add_argument
     add("data", nargs="+", metavar="FILE", help="pairs, in any form that `train` takes")
     add("--models", required=True, nargs="+", metavar="FOLDER", help="preference models, whole or adapters")
     add("--out", metavar="FILE", help="write the pairs with their scores there")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    args = parser.parse_args(argv)
-    if args.command == "label":
-        check_label(args, label)
-    if args.command == "train":
-        train.check_ranges(learn, args)
-    return args
+    return parser
 
 
 TRAINING = dict(lr=1e-5, batch=64, epochs=1.0, val_share=0.1)  # where its defaults are not train.py's
+
+
+def check_answer(args, parser):
+    """What `answer` refuses at once."""
+    for name in ("responses", "max_new_tokens", "batch", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.temperature < math.inf:
+        parser.error("--temperature must be 0 or more")
+    if args.policy.startswith("http") and not args.policy_model:
+        parser.error("--policy URL needs --policy-model")
+
+
+def check_train(args, parser):
+    import train
+    train.check_ranges(parser, args)
 
 
 def check_label(args, parser):
@@ -105,7 +156,7 @@ from tqdm import tqdm  # noqa: E402
 import model  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from align import Journal, check_out  # noqa: E402
+from align import Journal, answered, check_out  # noqa: E402
 from eval import Endpoint, TooLong, in_parallel, mean_and_interval  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -131,6 +182,30 @@ OVERALL = data.Objective("overall", "The response should be the better one, all 
 # ----------------------------------------------------------------------------------------------------------------
 # AI feedback. A pair is {"prompt", "response_a", "response_b"}; a label row has its "principle" (a name) and "p_a"
 # as well, the probability that response_a is the better one on that principle alone.
+
+
+def run_answer(args):
+    """The command `answer`."""
+    check_out(args)
+    rows = (row for path in args.data for row in data.read_rated(path, objective="chosen"))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:args.limit]
+    decisive = "policy", "policy_model", "responses", "temperature", "max_new_tokens", "seed"
+    settings = [getattr(args, name) for name in decisive]
+    journal = Journal(args.out, hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest())
+    with tqdm(total=len(prompts) * args.responses, initial=len(journal.rows), desc="answering", unit=" answers") as bar:
+        for place in range(args.responses):  # each with a seed of its own, for a server too
+            items = [{"index": number * args.responses + place, "prompt": prompt}
+                     for number, prompt in enumerate(prompts)]
+            items = [item for item in items if item["index"] not in journal.rows]
+            seeded = argparse.Namespace(**{**vars(args), "seed": args.seed * args.responses + place})
+            for number, text in answered(items, args.policy, seeded) if items else ():
+                journal.add([{"index": items[number]["index"], "text": text}])
+                bar.update()
+    texts = iter([{"text": journal.rows[index]["text"]} for index in range(len(prompts) * args.responses)])
+    data.write_jsonl(args.out, ({"prompt": prompt, "responses": list(itertools.islice(texts, args.responses))}
+                                for prompt in prompts))
+    journal.finish()
+    print(f"{args.out}: {len(prompts)} prompts with {args.responses} responses each")
 
 
 def response_pairs(paths, limit, skipped):
@@ -330,6 +405,8 @@ def train_principles(base, rows, out, options, device, progress=True):
     by_principle = {}
     for row in rows:
         by_principle.setdefault(row["principle"], []).append(row)
+    if odd := [name for name in by_principle if name in ("", ".", "..") or "/" in name]:
+        raise UserError(f"the principle {odd[0]!r} cannot name a folder; call it otherwise in the labels")
     folders = [Path(out) / name for name in by_principle]
     for folder, labels in zip(folders, by_principle.values()):
         llama = train.start_from(base, "reward", device, options)
@@ -634,7 +711,7 @@ def correlations(scores):
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
-COMMANDS = {"label": run_label, "train": run_train, "score": run_score}
+COMMANDS = {"answer": run_answer, "label": run_label, "train": run_train, "score": run_score}
 
 
 def main():

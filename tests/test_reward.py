@@ -695,3 +695,52 @@ def test_bad_input_to_train_and_score_is_one_line(labelled, monkeypatch, capsys)
     refused(monkeypatch, capsys, ["score", labelled / "none.jsonl", "--models", labelled / "base"], "none.jsonl")
     (labelled / "base" / "principle.json").write_text("[]")
     refused(monkeypatch, capsys, ["score", labelled / "labels.jsonl", "--models", labelled / "base"], "principle.json")
+
+
+# ----------------------------------------------------------------------------- a policy's answers
+
+
+def test_a_policy_answers_twice_and_a_killed_run_goes_on(labelled, monkeypatch, capsys):
+    data.write_jsonl(labelled / "prompts.jsonl", [{"prompt": row["prompt"]} for row in toy.rated(7, 2)])
+    words = ["answer", labelled / "prompts.jsonl", "--policy", labelled / "base", "--max-new-tokens", 12, "--batch", 3,
+             "--device", "cpu", "--out"]
+    assert run(monkeypatch, [*words, labelled / "whole.jsonl"]) == 0
+    rows = read(labelled / "whole.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in toy.rated(7, 2)]
+    assert all(len(row["responses"]) == 2 for row in rows)
+    assert sum(row["responses"][0] != row["responses"][1] for row in rows) > 3
+    write, written = reward.Journal.add, []
+
+    def stop(journal, rows):
+        write(journal, rows)
+        written.append(rows)
+        if len(written) == 9:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(reward.Journal, "add", stop)
+    assert run(monkeypatch, [*words, labelled / "killed.jsonl"]) == 130 and not (labelled / "killed.jsonl").exists()
+    monkeypatch.setattr(reward.Journal, "add", write)
+    assert run(monkeypatch, [*words, labelled / "killed.jsonl"]) == 0
+    assert (labelled / "killed.jsonl").read_bytes() == (labelled / "whole.jsonl").read_bytes()
+    assert run(monkeypatch, ["label", labelled / "whole.jsonl", "--principles", "detail", "--out", labelled / "l.jsonl"]) == 0
+    refused(monkeypatch, capsys, ["answer", labelled / "prompts.jsonl", "--policy", labelled / "base", "--out",
+                                  labelled / "x.jsonl", "--responses", "0"], "--responses must be at least 1")
+
+
+def test_a_server_is_asked_for_each_answer_anew(labelled, monkeypatch):
+    """Not from the cache of the first: the seeds differ."""
+    seeds = []
+
+    def answered(items, policy, args):
+        seeds.append(args.seed)
+        yield from enumerate(f"{item['prompt']} {args.seed}" for item in items)
+    monkeypatch.setattr(reward, "answered", answered)
+    data.write_jsonl(labelled / "prompts.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    assert run(monkeypatch, ["answer", labelled / "prompts.jsonl", "--policy", "http://x", "--policy-model", "m", "--seed", "3",
+                             "--responses", "3", "--out", labelled / "out.jsonl"]) == 0
+    assert seeds == [9, 10, 11]
+    assert [response["text"] for response in read(labelled / "out.jsonl")[1]["responses"]] == ["two 9", "two 10", "two 11"]
+
+
+def test_a_principle_that_cannot_name_a_folder_is_refused(labelled, monkeypatch, capsys):
+    data.write_jsonl(labelled / "labels.jsonl", [data.preference("p", "a", "b", "up/../down", 1.0)])
+    refused(monkeypatch, capsys, training(labelled, "pms"), "up/../down", "cannot name a folder")
