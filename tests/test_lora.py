@@ -163,6 +163,16 @@ def test_what_is_not_computed_here_is_refused_by_name(base, changes, said):
         model.Llama.from_pretrained(folder, scorer=True)
 
 
+@pytest.mark.cuda
+def test_a_gpu_gives_the_scores_that_a_cpu_gives(base):
+    folders = [adapter(base, 1), adapter(base, 2, rank=2)]
+    with torch.no_grad():
+        here, there = (model.document_scores(model.load_adapters(
+            model.Llama.from_pretrained(base, device=device, scorer=True), folders), tokens().to(device), LENGTHS).cpu()
+            for device in ("cpu", "cuda"))
+    torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
+
+
 def test_an_adapter_for_another_model_is_refused(base, tmp_path):
     other = model.Llama(model.Config(**{**SIZES, "hidden_size": 16, "head_dim": 8}), 0)
     folder = adapter(base, 1)

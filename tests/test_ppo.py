@@ -415,6 +415,13 @@ def test_a_reward_that_all_answers_share_teaches_nothing_when_centred(tmp_path):
     assert moved[True] == pytest.approx(0, abs=1e-5) and abs(moved[False]) > 1e-4
 
 
+@pytest.mark.cuda
+def test_a_gpu_trains_the_policy(world, tmp_path, monkeypatch):
+    words = command(world, tmp_path / "out", "--lora-rank", 2, "--bf16-moments")
+    assert run(monkeypatch, [*words, "--device", "cuda"]) == 0
+    assert all(math.isfinite(row["policy_loss"]) for row in train.read_metrics(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("more, expected", [
     (["--weights", "1"], "1 for 2 rewards"), (["--weights", "1", "x"], "not all numbers"),
     (["--weights", "1", "nan"], "not all finite"), (["--how", "guess"], "guess"),
