@@ -529,6 +529,21 @@ def print_correlations(names, scores):
             print(f"{name:20}" + "".join(f"{value:6.2f}" for value in row))
 
 
+def write_weights(path, scorers, rows, scores):
+    """Fit the weights with which the principles' scores (K, P, 2), in standard deviations, predict the overall
+    preference of the pairs that are labelled with it, and write {principle: weight} for `ppo.py --weights`."""
+    own = [i for i, row in enumerate(rows) if row["principle"] == "overall"]
+    which = [k for k, name in enumerate(scorers.names) if name != "overall"]
+    if own and len(which) > 1:
+        std = scorers.std[which].where(scorers.std[which] > 0, torch.ones(()))
+        differences = (scores[which][:, own, 0] - scores[which][:, own, 1]) / std[:, None]
+        weights = fit_weights(differences.T.numpy(), [rows[i]["p_a"] for i in own])
+        named = {scorers.names[k]: round(float(weight), 4) for k, weight in zip(which, weights)}
+        data.write_jsonl(path, [named])
+        print(f"\n{path}: weights that predict the overall preference: "
+              + ", ".join(f"{name} {weight:+.2f}" for name, weight in named.items()))
+
+
 def run_train(args):
     """The command `train`: preference models, and how good they are on the prompts held out."""
     rows = [row for path in args.data for row in data.read_preferences(path)]
@@ -545,6 +560,7 @@ def run_train(args):
         print(f"\non the {len(held_out)} labels of prompts held out:")
         print_accuracy(scorers, held_out, scores)
         print_correlations(scorers.names, scores.flatten(1))
+        write_weights(Path(args.out) / "weights.json", scorers, held_out, scores)
     print(f"saved in {', '.join(map(str, folders))}")
 
 

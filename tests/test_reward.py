@@ -674,6 +674,7 @@ def test_a_score_is_that_of_the_text_as_it_is_trained_on(labelled, monkeypatch):
 def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(labelled, monkeypatch, capsys):
     assert run(monkeypatch, training(labelled, "pms")) == 0
     before = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
+    assert list(json.loads((labelled / "pms" / "weights.json").read_text())) == ["toxicity", "detail"]
     assert run(monkeypatch, training(labelled, "pms")) == 0
     assert "finished already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")} == before
@@ -744,3 +745,16 @@ def test_a_server_is_asked_for_each_answer_anew(labelled, monkeypatch):
 def test_a_principle_that_cannot_name_a_folder_is_refused(labelled, monkeypatch, capsys):
     data.write_jsonl(labelled / "labels.jsonl", [data.preference("p", "a", "b", "up/../down", 1.0)])
     refused(monkeypatch, capsys, training(labelled, "pms"), "up/../down", "cannot name a folder")
+
+
+def test_fitted_weights_are_those_the_overall_labels_were_made_with(tmp_path):
+    """In units of each principle's standard deviation, which the models' raw scores are not."""
+    class Scorers:
+        names, std = ["a", "overall", "b"], torch.tensor([2.0, 1.0, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 4000, 2, generator=generator) * Scorers.std[:, None, None]
+    margin = (scores[..., 0] - scores[..., 1]) / Scorers.std[:, None]
+    p_a = torch.sigmoid(1.5 * margin[0] - 0.5 * margin[2]).tolist()
+    rows = [data.preference("q", "x", "y", "overall", p) for p in p_a]
+    reward.write_weights(tmp_path / "weights.json", Scorers, rows, scores)
+    assert json.loads((tmp_path / "weights.json").read_text()) == pytest.approx({"a": 1.5, "b": -0.5}, abs=0.02)
