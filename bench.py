@@ -321,7 +321,8 @@ def adapters_peft(job, folder, device):
     return found
 
 
-JOBS = {"adapters": adapters, "adapters_peft": adapters_peft, "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
+JOBS = {"adapters": adapters, "adapters_peft": adapters_peft,
+        "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
         "align_transformers": align_transformers, "kernels": kernels}
 
 

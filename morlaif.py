@@ -317,54 +317,73 @@ class Found:
         self.parts.append(f"<h2>{title}</h2>" + eval.html_table(["", *head], rows))
 
 
+def held_out(result):
+    return result["test"]
+
+
+def questions(result):
+    return result["policies"]["prompts"]
+
+
 def report(out, results):
+    """Print and draw all that was found."""
     found = Found(results)
-
-    def test(result):
-        return result["test"]
-
-    def asked(result):
-        return result["policies"]["prompts"]
-
     noise = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ANNOTATOR.items())
     print(f"annotator: {noise}; {len(results)} seeds; intervals: 95 %, bootstrap over prompts")
-    for size in results[0]["models"]:
-        def alone(name):
-            return found.rate(lambda r: r["models"][size]["alone"][name], test)
-
-        def joined(how):
-            return found.rate(lambda r: r["models"][size]["joined"][how], test)
-        single = ("the single model, overall", alone("overall"))
-        found.chart(f"Fig. 2a: accuracy of preference models alone, in % ({size})",
-                    [(name, alone(name)) for name in PRINCIPLES] + [single])
-        found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, in % ({size})",
-                    [(how, joined(how)) for how in reward.SCALARIZATIONS] + [single])
     sizes = list(results[0]["models"])
+    for size in sizes:
+        report_models(found, size)
     found.table("Calibration: how far the models' probabilities are off (expected calibration error, in points)", sizes,
-                [(name, *(calibration_error(results, size, name) for size in sizes)) for name in [*PRINCIPLES, "overall"]])
-    course = results[0]["course"]
-    found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
-                [(name, found.rate(lambda r: [0.5 + 0.5 * ((b > a) - (b < a)) for a, b in
-                                              zip(*r["policies"]["scalarized"][name])], asked)) for name in course])
-    print_course(results)
-    pairs = [(how, "single") for how in course if how in reward.SCALARIZATIONS]
-    pairs += [("linear, small", "single"), ("linear, small", "single, small")]
-    found.chart("Fig. 3: win rate on the exact overall preference, in %",
-                [(f"{a} over {b}", found.rate(lambda r: r["policies"]["wins"][a][b], asked)) for a, b in
-                 [(name, "start") for name in course] + pairs])
-    hows = [how for how in course if how in reward.SCALARIZATIONS]
-    found.table("Fig. 4: win rate of row over column, in %", hows,
-                [(a, *("-" if a == b else f"{found.rate(lambda r: r['policies']['wins'][a][b], asked)[0]:.1f}"
-                       for b in hows)) for a in hows])
-    correlation = numpy.mean([result["models"]["same size"]["correlation"] for result in results], axis=0)
-    found.table("Fig. 5: correlations between the principles' models", PRINCIPLES,
-                [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(PRINCIPLES, correlation)])
-    for kind in ("models", "ceiling"):
-        found.chart(f"Fig. 5: accuracy against the number of principles, in % ({kind})",
-                    [(f"{count} principles", found.rate(lambda r: r["models"]["same size"]["number"][kind][count], test))
-                     for count in results[0]["models"]["same size"]["number"][kind]])
+                [(name, *(calibration_error(results, size, name) for size in sizes))
+                 for name in [*PRINCIPLES, "overall"]])
+    report_policies(found, results[0]["course"])
+    report_principles(found)
     eval.write_page(out / "report.html", "nanoalign: MORLAIF", found.parts)
     print(f"\nwrote {out / 'report.html'} and a results.json for each seed")
+
+
+def report_models(found, size):
+    def alone(name):
+        return found.rate(lambda r: r["models"][size]["alone"][name], held_out)
+
+    def joined(how):
+        return found.rate(lambda r: r["models"][size]["joined"][how], held_out)
+    single = ("the single model, overall", alone("overall"))
+    found.chart(f"Fig. 2a: accuracy of preference models alone, in % ({size})",
+                [(name, alone(name)) for name in PRINCIPLES] + [single])
+    found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, in % ({size})",
+                [(how, joined(how)) for how in reward.SCALARIZATIONS] + [single])
+
+
+def report_policies(found, course):
+    def better(name):
+        return found.rate(lambda r: [0.5 + 0.5 * ((after > before) - (after < before))
+                                     for before, after in zip(*r["policies"]["scalarized"][name])], questions)
+
+    def wins(first, second):
+        return found.rate(lambda r: r["policies"]["wins"][first][second], questions)
+    found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
+                [(name, better(name)) for name in course])
+    print_course(found.results)
+    hows = [how for how in course if how in reward.SCALARIZATIONS]
+    pairs = [(name, "start") for name in course] + [(how, "single") for how in hows]
+    pairs += [("linear, small", "single"), ("linear, small", "single, small")]
+    found.chart("Fig. 3: win rate on the exact overall preference, in %",
+                [(f"{first} over {second}", wins(first, second)) for first, second in pairs])
+    found.table("Fig. 4: win rate of row over column, in %", hows,
+                [(a, *("-" if a == b else f"{wins(a, b)[0]:.1f}" for b in hows)) for a in hows])
+
+
+def report_principles(found):
+    models = [result["models"]["same size"] for result in found.results]
+    correlation = numpy.mean([each["correlation"] for each in models], axis=0)
+    found.table("Fig. 5: correlations between the principles' models", PRINCIPLES,
+                [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(PRINCIPLES, correlation)])
+    for kind, counts in models[0]["number"].items():
+        found.chart(f"Fig. 5: accuracy against the number of principles, in % ({kind})",
+                    [(f"{count} principles",
+                      found.rate(lambda r: r["models"]["same size"]["number"][kind][count], held_out))
+                     for count in counts])
 
 
 def calibration_error(results, size, name):

@@ -35,8 +35,8 @@ def arguments(argv=None):
         "answer": answer_flags(command("answer", "let a policy answer prompts twice, for pairs to compare",
                                        "Let a policy answer prompts several times. A killed run continues.")),
         "label": label_flags(command("label", "label pairs of responses, principle by principle",
-                                     "Label pairs of responses, principle by principle. Without --judge-url the embedded "
-                                     "world's noisy annotator does it. A killed run continues.")),
+                                     "Label pairs of responses, principle by principle. Without --judge-url the "
+                                     "embedded world's noisy annotator does it. A killed run continues.")),
         "train": train_flags(command("train", "train a preference model for each principle that is labelled",
                                      "Train a preference model for each principle that is labelled, and report how it "
                                      "does on prompts held out. A killed run continues."),
