@@ -516,32 +516,19 @@ def save_state(out, agent, optimizer, course, plan, metrics, options):
     weights = {name: parameter.detach() for name, parameter in train.trained(agent).items()}
     state = {"agent": weights, "optimizer": optimizer.state_dict(), "course": asdict(course), "plan": plan,
              "metrics_bytes": os.fstat(metrics.fileno()).st_size, "options": asdict(options)}
-
-    def write(path):
-        try:
-            torch.save(state, path)
-        except RuntimeError as error:  # how PyTorch reports a full disk
-            raise UserError(f"{out / 'state.pt'}: cannot be written ({model.first_line(error)}); is the disk full?")
-    data.write_whole(out / "state.pt", write)
+    train.write_state(out / "state.pt", state)
 
 
 def load_state(out, plan, options, device):
-    """What save_state wrote; None to begin at the beginning; "finished" when there is nothing left to do."""
-    path = out / "state.pt"
-    if not path.exists():
-        written = any((out / name).exists() for name in train.FINISHED)
-        return "finished" if written and (out / "metrics.jsonl").exists() else None
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        made = {**state["options"], **state["plan"]}
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read ({model.first_line(error)}); delete it to start again")
+    """What save_state wrote, as of train.read_state; UserError where it is of a run with other settings."""
+    state = train.read_state(out, device)
+    if state in (None, "finished"):
+        return state
+    made = {**state["options"], **state["plan"]} if isinstance(state["plan"], dict) else {}  # else: train.py's
     wanted = {**asdict(options), **plan}
     free = ("save_seconds", "micro_tokens")  # what may change when a run goes on
     changed = [name for name in wanted if name not in free and made.get(name) != wanted[name]]
-    if changed:
-        raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume, "
-                        "or leave --resume out to start again")
+    train.refuse_other_settings(out, changed)
     return state
 
 

@@ -502,13 +502,35 @@ def save_state(out, llama, optimizer, stages, stage, step, tokens, seconds, metr
     state = {"model": weights, "optimizer": optimizer.state_dict(), "stage": stage, "step": step,
              "tokens": tokens, "seconds": seconds, "metrics_bytes": os.fstat(metrics.fileno()).st_size,
              "options": vars(options), "plan": plan(stages)}
+    write_state(out / "state.pt", state)
 
-    def write(path):
+
+def write_state(path, state):
+    def write(aside):
         try:
-            torch.save(state, path)
+            torch.save(state, aside)
         except RuntimeError as error:  # how PyTorch reports a full disk
-            raise UserError(f"{out / 'state.pt'}: cannot be written ({model.first_line(error)}); is the disk full?")
-    data.write_whole(out / "state.pt", write)
+            raise UserError(f"{path}: cannot be written ({model.first_line(error)}); is the disk full?")
+    data.write_whole(path, write)
+
+
+def read_state(out, device):
+    """What write_state wrote to OUT/state.pt; None to begin at the beginning; "finished" when there is nothing left to
+    do."""
+    path = out / "state.pt"
+    if not path.exists():
+        written = any((out / name).exists() for name in FINISHED)
+        return "finished" if written and (out / "metrics.jsonl").exists() else None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({model.first_line(error)}); delete it to start again")
+
+
+def refuse_other_settings(out, changed):
+    if changed:
+        raise UserError(f"{out / 'state.pt'}: was made with other settings of {', '.join(changed)}; give the same to "
+                        "--resume, or leave --resume out to start again")
 
 
 def plan(stages):
@@ -520,24 +542,17 @@ def plan(stages):
 
 
 def load_state(out, stages, options, llama):
-    """What save_state wrote; None to begin at the beginning; "finished" when there is nothing left to do."""
-    path = out / "state.pt"
-    if not path.exists():
-        written = any((out / name).exists() for name in FINISHED)
-        return "finished" if written and (out / "metrics.jsonl").exists() else None
-    try:
-        state = torch.load(path, map_location=llama.device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read ({model.first_line(error)}); delete it to start again")
+    """What save_state wrote, as of read_state; UserError where it is of a run with other settings."""
+    state = read_state(out, llama.device)
+    if state in (None, "finished"):
+        return state
     schedule = ("lr", "weight_decay", "warmup", "epochs", "batch", "max_tokens", "clip", "max_steps", "val_share",
                 "precision", "lora_rank", "bf16_moments", "seed")
     changed = [key for key in schedule if state["options"].get(key) != getattr(options, key)]
     changed += ["data or steps"] if state.get("plan") != plan(stages) else []
     shapes = {name: tensor.shape for name, tensor in trained(llama).items()}
-    changed += ["model"] if shapes != {name: tensor.shape for name, tensor in state["model"].items()} else []
-    if changed:
-        raise UserError(f"{path}: was made with other settings of {', '.join(changed)}; give the same to --resume, or "
-                        "leave --resume out to start again")
+    changed += ["model"] if shapes != {name: tensor.shape for name, tensor in state.get("model", {}).items()} else []
+    refuse_other_settings(out, changed)
     return state
 
 

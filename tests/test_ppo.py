@@ -3,12 +3,13 @@ known in closed form, and whole runs against interrupted ones."""
 import itertools
 import json
 import math
-import sys
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
 
+import conftest
 import data
 import model
 import ppo
@@ -329,6 +330,9 @@ def test_other_settings_are_refused_on_resume(tmp_path, monkeypatch):
     for name, value in others.items():
         with pytest.raises(UserError, match=f"other settings of {name};"):
             small_run(tmp_path, True, **{name: value})
+    torch.save({"options": {}, "plan": [["sft", 0.0]], "model": {}}, tmp_path / "state.pt")  # train.py's
+    with pytest.raises(UserError, match="other settings of"):
+        small_run(tmp_path, True)
     (tmp_path / "state.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):
         small_run(tmp_path, True)
@@ -358,14 +362,7 @@ def test_a_policy_learns_to_end_its_answers(tmp_path):
 # ----------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch, words):
-    """ppo.py in this process; gives its exit status."""
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, words)])
-    try:
-        data.cli(ppo.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+run = partial(conftest.run, ppo)
 
 
 def command(world, out, *more, reward=("toy:helpfulness", "toy:conciseness")):
