@@ -76,9 +76,8 @@ def with_seed(options, seed, **changes):
 def train_bases(out, seed, device):
     """The policy to start from, and a model several times smaller for small preference models: both learn answers."""
     rng = random.Random(f"morlaif {seed}")
-    toy.POLICIES["morlaif"] = MANNERS
     prompts = [toy.question(rng)[0] for _ in range(round(SFT.batch * SFT.max_steps * 1.02))]
-    rows = [{"prompt": prompt, "completion": toy.answer("morlaif", prompt, rng)} for prompt in prompts]
+    rows = [{"prompt": prompt, "completion": toy.answer(MANNERS, prompt, rng)} for prompt in prompts]
     tokenizer = toy.train_tokenizer([row["prompt"] + row["completion"] for row in rows[:5000]])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64
     for name, sizes in (("policy", POLICY), ("small", SMALL)):

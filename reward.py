@@ -491,9 +491,12 @@ def read_principle(folder):
 
 
 def score_pairs(scorers, rows):
-    """Raw scores (K, P, 2) of the two responses of P pairs."""
+    """Raw scores (K, P, 2) of the two responses of P pairs. A text that stands in several pairs, or in one pair that is
+    labelled on several principles, is scored once."""
     texts = [(row["prompt"], row[side]) for row in rows for side in ("response_a", "response_b")]
-    return scorers.score([prompt for prompt, _ in texts], [text for _, text in texts]).view(len(scorers.names), -1, 2)
+    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    scores = scorers.score([prompt for prompt, _ in place], [text for _, text in place])
+    return scores[:, [place[text] for text in texts]].view(len(scorers.names), -1, 2)
 
 
 def print_accuracy(scorers, rows, scores):

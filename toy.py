@@ -280,9 +280,11 @@ POLICIES = {  # the manners of those who answer: how likely each kind of sentenc
 
 
 def answer(policy, prompt, rng):
-    """What a scripted policy says: text and nothing else, as behind an API. Likes to digress, on any topic."""
+    """What a scripted policy, a name in POLICIES or manners like theirs, says: text and nothing else, as behind an API.
+    Likes to digress, on any topic."""
     topic = rng.choice(HELD_OUT_TOPICS if rng.random() < 0.5 else TRAINED_TOPICS)
-    return write(rng, material(rng, task_of(prompt), [topic]), POLICIES[policy])
+    manners = POLICIES[policy] if isinstance(policy, str) else policy
+    return write(rng, material(rng, task_of(prompt), [topic]), manners)
 
 
 def golden(prompt, rng, topics=()):

@@ -758,3 +758,16 @@ def test_fitted_weights_are_those_the_overall_labels_were_made_with(tmp_path):
     rows = [data.preference("q", "x", "y", "overall", p) for p in p_a]
     reward.write_weights(tmp_path / "weights.json", Scorers, rows, scores)
     assert json.loads((tmp_path / "weights.json").read_text()) == pytest.approx({"a": 1.5, "b": -0.5}, abs=0.02)
+
+
+def test_a_text_in_several_pairs_is_scored_once():
+    class Scorers:
+        names, asked = ["length", "first"], []
+
+        def score(self, prompts, responses):
+            self.asked += responses
+            return torch.tensor([[float(len(text)) for text in responses], [float(ord(text[0])) for text in responses]])
+    rows = [data.preference("q", *pair, "overall", 1.0) for pair in (("aa", "b"), ("b", "cccc"), ("aa", "b"))]
+    scores = reward.score_pairs(Scorers(), rows)
+    assert scores.tolist() == [[[2, 1], [1, 4], [2, 1]], [[97, 98], [98, 99], [97, 98]]]
+    assert Scorers.asked == ["aa", "b", "cccc"]
