@@ -89,19 +89,13 @@ class Writer:
         room = config.max_position_embeddings - new_tokens
         return data.encode_prompt(self.tokenizer, prompt, config.bos_token_id, room, context)
 
-    def write(self, prompts, new_tokens, temperature=0.0, seeds=0):
-        """Continuations (texts) of prompts (lists of token ids)."""
-        ids = model.generate(self.llama, prompts, new_tokens, temperature, seed=seeds, draft=DRAFT,
-                             stop_ids=self.llama.config.stop_ids)
-        return [self.tokenizer.decode(new).strip() for new in ids]
-
-    def in_batches(self, prompts, new_tokens, size, temperature=0.0, seeds=None):
-        """Yield (number, text) of prompts (lists of token ids) as they are done, those of like length together."""
+    def write(self, prompts, new_tokens, rows, temperature=0.0, seeds=0):
+        """Yield (number, text) of prompts (lists of token ids) as they are done, `rows` at a time, the longest first."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        for start in range(0, len(order), size):
-            numbers = order[start:start + size]
-            chosen = [seeds[i] for i in numbers] if seeds else 0
-            yield from zip(numbers, self.write([prompts[i] for i in numbers], new_tokens, temperature, chosen))
+        seeds = [seeds[i] for i in order] if seeds else 0
+        for place, new in model.stream(self.llama, [prompts[i] for i in order], new_tokens, rows, temperature,
+                                       seed=seeds, draft=DRAFT, stop_ids=self.llama.config.stop_ids):
+            yield order[place], self.tokenizer.decode(new).strip()
 
 
 def answered(items, policy, args):
@@ -117,7 +111,7 @@ def answered(items, policy, args):
     new_tokens = min(args.max_new_tokens, writer.llama.config.max_position_embeddings // 2)
     prompts = [writer.encode(item["prompt"], new_tokens, [0, len(item["prompt"])]) for item in items]
     seeds = [seed_of(item, 0, args.seed) for item in items]
-    for number, text in writer.in_batches(prompts, new_tokens, args.batch, args.temperature, seeds):
+    for number, text in writer.write(prompts, new_tokens, args.batch, args.temperature, seeds):
         yield number, text.split("\n\nHuman:")[0].strip()
 
 
@@ -153,7 +147,7 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
         if last:
             yield from edited
         seeds = [seed_of(item, round_number + 1, seed) for item in fitting]
-        for number, text in aligner.in_batches(prompts, new_tokens, batch, temperature, seeds):
+        for number, text in aligner.write(prompts, new_tokens, batch, temperature, seeds):
             edited.append({**fitting[number], "aligned": text})
             if last:
                 yield edited[-1]

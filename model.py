@@ -10,6 +10,8 @@ Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, G key/val
 """
 import ctypes
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import os
@@ -308,7 +310,8 @@ class Llama(nn.Module):
         """Final hidden states (B, T, D), normalised. `attend` has .positions (B, T) or (1, T) and is called with
         (layer, q, k, v)."""
         x = self.model.embed_tokens(tokens)                                          # (B, T, D)
-        angles = attend.positions[..., None].float() * self.frequencies.to(x.device) # (B, T, E/2)
+        self.frequencies = self.frequencies.to(x.device)
+        angles = attend.positions[..., None].float() * self.frequencies              # (B, T, E/2)
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]                     # (B, T, 1, E)
         cos, sin = angles.cos().to(compute_dtype(x)), angles.sin().to(compute_dtype(x))
         for layer, block in enumerate(self.model.layers):
@@ -355,12 +358,11 @@ def causal_attention(q, k, v):
     (rows, tokens, heads, size), sharing = q.shape, q.size(2) // k.size(2)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024:
         return sdpa(q, k, v, is_causal=True)
-    if sharing > 1:
-        k, v = k.repeat_interleave(sharing, dim=2), v.repeat_interleave(sharing, dim=2)
-    q, k, v = (x.transpose(1, 2).reshape(-1, tokens, size) for x in (q, k, v))       # (R * H, T, E)
-    future = q.new_full((tokens, tokens), float("-inf")).triu(1)
+    k, v = (x.transpose(1, 2).reshape(-1, tokens, size) for x in (k, v))             # (R * G, T, E)
+    q = q.transpose(1, 2).reshape(len(k), -1, size)                                  # (R * G, H/G * T, E): heads that share
+    future = q.new_full((tokens, tokens), float("-inf")).triu(1).repeat(sharing, 1)
     with torch.autocast("cpu", enabled=False):  # which would copy the scores to fp32; softmax adds up in fp32 anyway
-        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=size ** -0.5)     # (R * H, T, T)
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=size ** -0.5)     # (R * G, H/G * T, T)
         y = torch.bmm(scores.softmax(-1), v)
     return y.view(rows, heads, tokens, size).transpose(1, 2)
 
@@ -378,19 +380,50 @@ class Causal:
 class Packed:
     """Documents of the given lengths one after another, the same in each of the B rows (one, but for several adapters):
     no padding anywhere but inside the attention itself, where each document is laid out as a row of its own, padded on
-    the right to its group's longest. Causality hides that padding, so no mask is needed and the fast kernels apply."""
+    the right to its group's longest. Causality hides that padding, so no mask is needed and the fast kernels apply.
+    On a GPU in bf16, PyTorch's kernel for documents of different lengths does without the padding."""
 
     def __init__(self, lengths, device):
-        self.lengths = torch.as_tensor(lengths).tolist()
+        self.lengths, self.device = torch.as_tensor(lengths).tolist(), torch.device(device)
         self.positions = places_of(self.lengths)[1][None].to(device)
-        self.groups = groups_of(self.lengths, device, apart=torch.device(device).type == "cpu")
+        self.kernel = varlen_kernel() if self.device.type == "cuda" else None
+
+    @functools.cached_property
+    def groups(self):
+        return groups_of(self.lengths, self.device, apart=self.device.type == "cpu")
+
+    @functools.cached_property
+    def starts(self):
+        """(documents + 1,): where each begins, and where the last ends."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
 
     def __call__(self, layer, q, k, v):
+        if self.kernel and len(q) == 1 and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0:
+            return self.kernel(q[0], k[0], v[0], self.starts, max(self.lengths))[None]
         y = []
         for start, end, places, shape in self.groups:
             rows = [as_rows(x[:, start:end], places, shape) for x in (q, k, v)]
             y.append(as_one(causal_attention(*rows), places, len(q)))
         return y[0] if len(y) == 1 else torch.cat(y, dim=1)
+
+
+@functools.cache
+def varlen_kernel():
+    """PyTorch's causal attention of documents one after another, as a function of q (N, H, E), k and v (N, G, E), starts
+    (documents + 1,) and the longest document's length; None where PyTorch is older."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+        known = inspect.signature(varlen_attn).parameters
+    except ImportError:
+        return None
+    if "window_size" not in known:
+        return None
+    shared = {"enable_gqa": True} if "enable_gqa" in known else {}  # before there was that flag, none was needed
+
+    def attend(q, k, v, starts, longest):
+        options = shared if q.size(1) != k.size(1) else {}
+        return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), **options)
+    return attend
 
 
 def groups_of(lengths, device, apart):
@@ -434,88 +467,128 @@ def as_one(x, places, rows):
 
 
 class Cache:
-    """Keys and values of R texts, left-aligned: row r holds its text's first lengths[r] tokens. Each forward pass
-    appends to them, to one row more than to another, and what is appended attends to what is there. Room is made for 64
-    tokens at a time: what is read is then one whole block, which kernels like, and their shapes seldom change."""
+    """Keys and values of texts in the making, left-aligned: row r holds the first lengths[r] tokens of its text. Each
+    forward pass appends to them, to one row more than to another, and what is appended attends to what is there.
+
+    The rows stand on shelves, tensors (layers, 2, rows, G, room, E). On a CPU a shelf has 16 rows and is as long as its
+    own longest, so that attention reads little more than there is; on a GPU there is one. Room is made for many tokens at
+    a time: what is read is then one whole block, which kernels like, and their shapes seldom change."""
 
     def __init__(self, config, rows, dtype, device):
-        shape = rows, config.num_key_value_heads, 0, config.head_dim
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.lengths, self.room, self.apart = [0] * rows, 0, torch.device(device).type == "cpu"
+        self.static = torch.device(device).type != "cpu"  # shapes and places in memory that stay, for CUDA graphs
+        self.width, self.step = (rows, 512) if self.static else (16, 64)
+        self.graphs, self.kept = {}, {}
+        self.shelves = [torch.zeros(config.num_hidden_layers, 2, min(self.width, rows - first), config.num_key_value_heads,
+                                    0, config.head_dim, dtype=dtype, device=device)
+                        for first in range(0, rows, self.width)]
+        self.lengths, self.device = [0] * rows, torch.device(device)
 
-    def grow(self, length):
-        """Make room for rows of `length` tokens."""
-        more = -(-length // 64) * 64 - self.room
+    def grow(self, shelf, length):
+        """Make room for rows of `length` tokens on a shelf."""
+        more = -(-length // self.step) * self.step - self.shelves[shelf].size(4)
         if more > 0:
-            self.room += more
-            for kept in (self.k, self.v):
-                for layer in range(len(kept)):
-                    kept[layer] = F.pad(kept[layer], (0, 0, 0, more))
+            self.shelves[shelf] = F.pad(self.shelves[shelf], (0, 0, 0, more))
+
+    def take(self, row, length):
+        """A copy of a row's first tokens: (layers, 2, G, length, E)."""
+        return self.shelves[row // self.width][:, :, row % self.width, :, :length].clone()
+
+    def put(self, row, taken):
+        """Make what was taken the whole text of a row."""
+        shelf, self.lengths[row] = row // self.width, taken.size(3)
+        self.grow(shelf, taken.size(3))
+        self.shelves[shelf][:, :, row % self.width, :, :taken.size(3)] = taken
 
     def move(self, source, target):
         """Copy row `source` over row `target` (a finished row's place is taken by the last one)."""
         if source != target:
-            for x in (*self.k, *self.v):
-                x[target] = x[source]
-            self.lengths[target] = self.lengths[source]
+            self.put(target, self.take(source, self.lengths[source]))
 
-    def append(self, counts, first=0, spare=0):
+    def place(self, name, tensor):
+        """A tensor on the device; with a name, in the place of the last one of that name and shape."""
+        if name is None:
+            return tensor.to(self.device)
+        if (name, tensor.shape) not in self.kept:
+            self.kept[name, tensor.shape] = torch.empty_like(tensor, device=self.device)
+        return self.kept[name, tensor.shape].copy_(tensor, non_blocking=True)
+
+    def append(self, counts, first=0, spare=0, fixed=False):
         """Prepare for counts[r] further tokens of row first + r, one row's after another's; and for spare ones behind
-        the last row's, which attend to nothing and are not kept."""
-        device, (row, offset) = self.k[0].device, places_of([*counts[:-1], counts[-1] + spare])
-        before = torch.tensor(self.lengths[first:first + len(counts)])
-        self.row, self.position = (first + row).to(device), (before[row] + offset).to(device)
-        self.positions = self.position[None]
-        for r, count in enumerate(counts):
-            self.lengths[first + r] += count
-        self.grow(max(self.lengths[first:first + len(counts)]) + spare)
-        self.prefill = None if before.any() else Packed(counts, device)
-        self.parts = [] if self.prefill else self.divide(torch.tensor(counts), before, first)
+        the last row's, which attend to nothing and are not kept. fixed: what is prepared stays in its place, for a
+        recorded pass to read."""
+        before, end = self.lengths[first:first + len(counts)], first + len(counts)
+        row, offset = places_of([*counts[:-1], counts[-1] + spare])
+        position = torch.tensor(before)[row] + offset
+        self.positions = self.place("positions" if fixed else None, position[None])
+        self.lengths[first:end] = [length + count for length, count in zip(before, counts)]
+        self.writes, groups, start = [], [], 0
+        for shelf in range(first // self.width, -(-end // self.width)):
+            a, b = max(0, shelf * self.width - first), min(len(counts), (shelf + 1) * self.width - first)
+            more = spare if b == len(counts) else 0
+            self.grow(shelf, max(self.lengths[first + a:first + b]) + more)
+            new = slice(start, start := start + sum(counts[a:b]) + more)
+            self.writes.append((shelf, new, self.place("rows" if fixed else None, first + row[new] - shelf * self.width)))
+            groups.append(((shelf, first - shelf * self.width), a, b))
+        self.prefill = None if any(before) else Packed(counts, self.device)
+        if not self.prefill:
+            self.divide(groups, torch.tensor(before), torch.tensor(counts), len(row), fixed)
         return self
 
-    def divide(self, counts, before, first):
-        """Attention of few new tokens to many old ones: in one part on a GPU, its rows padded to the longest; apart on
-        a CPU, first every row's first token, then each row's guessed tokens if it has any: a fifth faster with 64 rows.
-        The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape. A part is
-        (slice of rows, (R, C) which new tokens, (R, C, room) what is hidden from them)."""
-        starts, device = counts.cumsum(0) - counts, self.k[0].device
+    def divide(self, groups, before, counts, tokens, fixed):
+        """Attention of new tokens to those in the cache, in parts: (shelf, slice of its rows, what is added to the
+        scores to hide (R, 1, C, L)). `which` says where the parts' queries come from, `back` where their results go.
+        The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape."""
+        self.parts, which, starts = [], [], counts.cumsum(0) - counts
+        back = torch.zeros(tokens, dtype=torch.long)
+        for shelf, a, b, start, end in [piece for group in groups for piece in self.pieces(counts, *group)]:
+            last = torch.minimum(torch.arange(start, end), counts[a:b, None] - 1)    # too short: its last token again
+            seen = before[a:b, None] + last                                          # (R, C): the last one it sees
+            low, (*_, size, _, room, _) = shelf[1] + a, self.shelves[shelf[0]].shape
+            rows = slice(low, min(low + rounded(b - a), size))
+            length = min(room, -(-int(seen.max() + 1) // self.step) * self.step)
+            hide = torch.zeros(rows.stop - low, 1, end - start, length, dtype=self.shelves[0].dtype)
+            hide[:b - a, 0].masked_fill_(torch.arange(length) > seen[..., None], float("-inf"))
+            token, done = starts[a:b, None] + last, sum(map(len, which))             # (R, C)
+            back[token] = torch.arange(done, done + token.numel()).view(token.shape)
+            which.append(F.pad(token, (0, 0, 0, len(hide) - len(token))).flatten())
+            self.parts.append((shelf[0], rows, self.place("hide" if fixed else None, hide)))
+        self.sizes = list(map(len, which))
+        self.which = self.place("which" if fixed else None, torch.cat(which))
+        self.back = self.place("back" if fixed else None, back)
 
-        def part(row, rows, columns):
-            offset = torch.minimum(columns, counts[row:row + rows, None] - 1)        # too short: the last token again
-            here = slice(first + row, min(first + row + rounded(rows), len(self.lengths)))
-            hidden = torch.arange(self.room) > (before[row:row + rows, None] + offset)[..., None]
-            hidden = F.pad(hidden, (0, 0, 0, 0, 0, here.stop - here.start - rows))
-            return here, (starts[row:row + rows, None] + offset).to(device), hidden.to(device)
-
-        if not self.apart:
-            return [part(0, len(counts), torch.arange(rounded(int(counts.max()))))]
-        return [part(0, len(counts), torch.arange(1))] + [part(row, 1, torch.arange(1, count))
-                                                          for row, count in enumerate(counts.tolist()) if count > 1]
+    def pieces(self, counts, shelf, a, b):
+        """Which new tokens of a shelf's rows a to b attend together: [(shelf, first row, end, first token, end), ...].
+        All rows, padded to the one that has most; on a CPU, where that is mostly padding, the rows' first tokens
+        together and further ones row by row; and long texts 128 tokens at a time, which read no further than they see."""
+        most, total = int(counts[a:b].max()), int(counts[a:b].sum())
+        if self.static or most <= 16 and total * 2 > (b - a) * most:
+            return [(shelf, a, b, 0, rounded(most))]
+        first = [] if most > 16 else [(shelf, a, b, 0, 1)]
+        return first + [(shelf, i, i + 1, start, min(start + 128, int(counts[i]))) for i in range(a, b)
+                        for start in range(len(first), int(counts[i]), 128)]
 
     def __call__(self, layer, q, k, v):
-        keys, values = self.k[layer], self.v[layer]
-        keys[self.row, :, self.position] = k[0].to(keys.dtype)
-        values[self.row, :, self.position] = v[0].to(values.dtype)
+        new = torch.stack((k[0], v[0]), 1).to(self.shelves[0].dtype)                 # (N, 2, G, E)
+        for shelf, tokens, row in self.writes:
+            self.shelves[shelf][layer][:, row, :, self.positions[0, tokens]] = new[tokens]
         if self.prefill:
             return self.prefill(layer, q, k, v)
-        y = torch.zeros_like(q[0])                                                   # (N, H, E)
-        for rows, which, hidden in self.parts:
-            asking = F.pad(q[0][which], (0, 0, 0, 0, 0, 0, 0, len(hidden) - len(which)))
-            y[which] = cached_attention(asking, keys[rows], values[rows], hidden)[:len(which)]
-        return y[None]
+        asking = (q[0] * q.size(-1) ** -0.5).to(new.dtype).index_select(0, self.which).split(self.sizes)
+        with torch.autocast(self.device.type, enabled=False):
+            y = [cached_attention(x, *self.shelves[shelf][layer][:, rows, :, :hide.size(3)], hide)
+                 for x, (shelf, rows, hide) in zip(asking, self.parts)]
+        return torch.cat(y).index_select(0, self.back)[None]                         # (1, N, H, E)
 
 
-def cached_attention(q, k, v, hidden):
-    """Attention of new tokens q (R, C, H, E) to k, v (R, G, L, E) but for what is hidden (R, C, L); gives (R, C, H, E).
-    The H/G query heads that share keys are rows of one matrix product with them. Written out, because PyTorch's kernels
-    are slow for a few queries: on a CPU in bf16, 5 to 7 x."""
-    (rows, new, heads, size), groups = q.shape, k.size(1)
+def cached_attention(q, k, v, hide):
+    """Attention of new tokens q (R * C, H, E), scaled, to k, v (R, G, L, E), what is hidden being -inf in hide
+    (R, 1, C, L); gives (R * C, H, E). The H/G query heads that share keys are rows of one matrix product with them.
+    Written out, because PyTorch's kernels are slow for a few queries: on a CPU in bf16, 5 to 7 x."""
+    (rows, _, new, _), (_, heads, size), groups = hide.shape, q.shape, k.size(1)
     q = q.view(rows, new, groups, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)     # (R, G, H/G * C, E)
-    scores = (q * size ** -0.5) @ k.transpose(2, 3)                                  # (R, G, H/G * C, L)
-    scores = scores.view(rows, heads, new, -1).masked_fill_(hidden[:, None], float("-inf"))
+    scores = (q @ k.transpose(2, 3)).view(rows, heads, new, -1).add_(hide)
     y = scores.softmax(-1).view(rows, groups, -1, k.size(2)) @ v                     # (R, G, H/G * C, E)
-    return y.view(rows, heads, new, size).transpose(1, 2)
+    return y.view(rows, heads, new, size).transpose(1, 2).flatten(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -560,90 +633,164 @@ def document_scores(llama, tokens, lengths):
 # Generation
 
 
+def generate(llama, prompts, max_new_tokens, **how):
+    """Continue all prompts together; gives the list of new token ids per prompt. The rest is as for `stream`."""
+    outputs = [[] for _ in prompts]
+    for number, new in stream(llama, prompts, max_new_tokens, len(prompts), **how):
+        outputs[number] = new
+    return outputs
+
+
 @torch.inference_mode()
-def generate(llama, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_ids=(), seed=0, draft=0):
-    """Continue each prompt; gives the list of new token ids per prompt, the stop token not included.
+def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, top_k=None, top_p=None, stop_ids=(), seed=0, draft=0):
+    """Continue each prompt, `rows` of them at a time, the next one taking the place of one that has finished; yields
+    (number of the prompt, its new token ids without the stop token) as they finish.
 
     prompts: lists of token ids, of any lengths (at least 1). temperature 0 is greedy. seed: an int, or one per prompt;
     what a prompt's continuation is depends on its own seed and not on its neighbours in the batch. draft: up to so many
     tokens per step and row are guessed from the text before (see Copier) and verified in the same forward pass; this
-    changes how long it takes, not what is written. A row that has finished leaves the batch.
+    changes how long it takes, not what is written.
     """
-    if not prompts:
-        return []
-    if min(map(len, prompts)) == 0:
+    refuse(prompts, temperature, top_k, top_p)
+    waiting, live, logits = list(range(len(prompts))) if max_new_tokens > 0 else [], [], []
+    chance = uniforms(seed, len(prompts), max_new_tokens).to(llama.device) if temperature > 0 and waiting else None
+    choose = functools.partial(choice, chance=chance, temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = min(rows, len(waiting))
+    cache = Cache(llama.config, rows, compute_dtype(llama.lm_head.weight), llama.device)
+    head = shared_start(llama, cache, prompts) if len(waiting) > 1 else None
+    ahead = AHEAD if cache.static and not draft else 1
+    while waiting or live:
+        free = rows - len(live)
+        if waiting and free >= rows / 8:
+            numbers, waiting = waiting[:free], waiting[free:]
+            logits.append(prefill(llama, cache, [prompts[number] for number in numbers], len(live), head))  # (R, V)
+            live += [Row(number, Copier(prompts[number], llama.habits) if draft else None) for number in numbers]
+        tokens = [choose(torch.cat(logits), live)]                                   # (N,)
+        for step in range(1, ahead):
+            tokens.append(choose(advance(llama, cache, tokens[-1][:, None]), live, step))
+        tokens = iter(torch.stack(tokens, 1).flatten().tolist())                     # here the host waits for a GPU
+        for place, row in enumerate(live):
+            row.take([next(tokens) for _ in range(ahead + len(row.guess))], stop_ids, max_new_tokens)
+            cache.lengths[place] -= row.wrong                                        # forget the wrong guesses
+            llama.tally.update(written=1 + row.right, copied=row.right if draft else 0)
+        for place in reversed(range(len(live))):  # from the end, so that a freed place is filled by a settled row
+            if live[place].finished:
+                yield live[place].number, live[place].new
+                cache.move(len(live) - 1, place)
+                live[place] = live[-1]
+                live.pop()
+        for row in live if draft else ():
+            row.guess = row.copier.guess(min(draft, max_new_tokens - len(row.new) - 1), alone=len(live) == 1)
+        logits = [advance(llama, cache, [[row.new[-1], *row.guess] for row in live])] if live else []
+
+
+AHEAD = 8  # tokens per row that a GPU decodes before the host looks at them, where none are guessed
+
+
+def refuse(prompts, temperature, top_k, top_p):
+    if min(map(len, prompts), default=1) == 0:
         raise UserError("generate: a prompt has no tokens; give it at least the BOS token")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise UserError(f"generate: temperature {temperature} must be at least 0, top_k {top_k} at least 1, "
                         f"top_p {top_p} above 0 and at most 1")
-    outputs = [[] for _ in prompts]
-    if max_new_tokens < 1:
-        return outputs
-    device = llama.device
-    cache = Cache(llama.config, len(prompts), llama.lm_head.weight.dtype, device)
-    logits = prefill(llama, cache, prompts)                                          # (R, V)
-    chance = uniforms(seed, len(prompts), max_new_tokens) if temperature > 0 else None
-    rows = [Row(number, Copier(prompt, llama.habits) if draft else None) for number, prompt in enumerate(prompts)]
-    while True:
-        if temperature > 0:
-            at = [(row.number, len(row.new) + i) for row in rows for i in range(1 + len(row.guess))]
-            chosen = sample(logits, chance[tuple(zip(*at))].to(device), temperature, top_k, top_p).tolist()
-        else:
-            chosen = logits.max(-1).indices.tolist()  # argmax is 5 x slower on a CPU in bf16
-        chosen = iter(chosen)
-        for place, row in enumerate(rows):
-            row.take([next(chosen) for _ in range(1 + len(row.guess))], stop_ids, max_new_tokens)
-            cache.lengths[place] -= row.wrong                                        # forget the wrong guesses
-            llama.tally.update(written=1 + len(row.guess) - row.wrong, copied=len(row.guess) - row.wrong)
-            outputs[row.number] = row.new
-        for place in reversed(range(len(rows))):  # from the end, so that a freed place is filled by a settled row
-            if rows[place].finished:
-                cache.move(len(rows) - 1, place)
-                rows[place] = rows[-1]
-                rows.pop()
-        if not rows:
-            return outputs
-        least = 0.05 if len(rows) == 1 else 0.5  # one row alone leaves the device idle: wrong guesses cost it little
-        for row in rows if draft else ():
-            row.guess = row.copier.guess(min(draft, max_new_tokens - len(row.new) - 1), least)
-        logits = advance(llama, cache, [[row.new[-1], *row.guess] for row in rows])
+
+
+def choice(logits, live, step=0, *, chance, temperature, top_k, top_p):
+    """The next tokens (N,) by logits (N, V), `step` tokens after those that the rows know of."""
+    if temperature == 0:
+        return logits.max(-1).indices  # argmax is 5 x slower on a CPU in bf16
+    at = [(row.number, min(len(row.new) + step + i, chance.size(1) - 1))
+          for row in live for i in range(1 + len(row.guess))]
+    number, place = torch.tensor(at).T.to(logits.device, non_blocking=True)
+    return sample(logits, chance[number, place], temperature, top_k, top_p)
 
 
 def advance(llama, cache, texts):
-    """Append a few tokens per row to the cache; logits (N, V) of what follows each of them, row after row."""
-    tokens, counts = [token for text in texts for token in text], list(map(len, texts))
-    spare = rounded(len(tokens)) - len(tokens)  # shapes that recur
-    attend = cache.append(counts, spare=spare)
-    hidden = llama.hidden(torch.tensor([tokens + [0] * spare], device=llama.device), attend)[0]
-    return llama.lm_head(hidden)[:len(tokens)]
+    """Append a few tokens per row to the cache, texts being lists, or a tensor (R, C); logits (N, V) of what follows each
+    of them, row after row. The shapes are made to recur: on a CPU, which builds a kernel for each new one, by spare
+    tokens at the end; on a GPU, which then replays the whole pass, by making all rows equally long."""
+    counts, before = [len(text) for text in texts], cache.lengths[:]
+    total = sum(counts)
+    if cache.static:
+        rows, width = min(rounded(len(counts)), len(before)), rounded(max(counts))
+        if not torch.is_tensor(texts):
+            texts = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        tokens = cache.place("tokens", F.pad(texts, (0, 0, 0, rows - len(texts))).view(1, -1))
+        attend = cache.append([width] * rows, fixed=True)
+    else:
+        spare = rounded(total) - total
+        tokens = torch.tensor([[token for text in texts for token in text] + [0] * spare])
+        attend = cache.append(counts, spare=spare)
+
+    def forward():
+        return llama.lm_head(llama.hidden(tokens, attend)[0])
+    if not cache.static:
+        return forward()[:total]
+    cache.lengths = [length + count for length, count in zip(before, counts)] + before[len(counts):]
+    logits = replayed(cache.graphs, (tokens.shape, attend.shelves[0].shape, attend.parts[0][2].shape), forward)
+    if len(logits) == total:
+        return logits
+    real = [row * width + i for row, count in enumerate(counts) for i in range(count)]
+    return logits[torch.tensor(real).to(cache.device, non_blocking=True)]
 
 
-def prefill(llama, cache, prompts, most=4096):
-    """Put the prompts into the cache, about `most` tokens at a time, and give the logits (R, V) of what comes next.
-    What all prompts begin with, an aligner's instructions, say, is computed once."""
+def replayed(graphs, key, forward):
+    """forward(); on a GPU recorded when it is called for the third time with a key, and from then on replayed: one call
+    for the host instead of thousands. What it reads must stay in its place, what it returns holds until the next."""
+    calls, replay, output = graphs.get(key, (0, None, None))
+    if replay is None and calls < 2:
+        graphs[key] = calls + 1, None, None
+        return forward()
+    if replay is None:
+        replay, output = record(forward)
+        graphs[key] = calls, replay, output
+    replay()
+    return output
+
+
+def record(forward):
+    """(a function that does what forward() did, the tensor where it leaves the result)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward()
+    return graph.replay, output
+
+
+def shared_start(llama, cache, prompts):
+    """The keys and values of what all prompts begin with, an aligner's instructions, say; None if that is short."""
     first, last = min(prompts), max(prompts)  # in the order of dictionaries: what these two share, all share
-    shared = 0
-    while shared < len(first) - 1 and first[shared] == last[shared] and len(prompts) > 1:
-        shared += 1
-    shared = 0 if shared < 32 else shared
-    cache.grow(max(map(len, prompts)) + 1)
-    if shared:
-        head = torch.tensor([first[:shared]], device=llama.device)
-        llama.hidden(head, cache.append([shared]))
-        for row in range(1, len(prompts)):
-            cache.move(0, row)
-    logits, start = [], 0
-    while start < len(prompts):
+    shared = len(os.path.commonprefix([first[:-1], last])) // 32 * 32
+    if not shared:
+        return None
+    llama.hidden(torch.tensor([first[:shared]], device=llama.device), cache.append([shared]))
+    return cache.take(0, shared)
+
+
+def prefill(llama, cache, prompts, first=0, head=None, most=4096):
+    """Put prompts into the cache's rows from `first` on, about `most` tokens at a time; logits (R, V) of what comes next.
+    What is known already is not computed again: the head, which all begin with, and prompts that come again."""
+    numbers = {}
+    for prompt in prompts:
+        numbers.setdefault(tuple(prompt), len(numbers))
+    known, texts, logits, start = 0 if head is None else head.size(3), list(numbers), [], 0
+    for row in range(first, first + len(texts)):
+        cache.lengths[row] = 0
+        cache.grow(row // cache.width, len(texts[row - first]) + 1)
+        if known:
+            cache.put(row, head)
+    while start < len(texts):
         end, size = start, 0
-        while end < len(prompts) and (size == 0 or size + len(prompts[end]) - shared <= most):
-            size, end = size + len(prompts[end]) - shared, end + 1
-        counts = [len(prompt) - shared for prompt in prompts[start:end]]
-        tokens = torch.tensor([[token for prompt in prompts[start:end] for token in prompt[shared:]]],
-                              device=llama.device)
-        hidden = llama.hidden(tokens, cache.append(counts, start))[0]                # (N, D)
+        while end < len(texts) and (size == 0 or size + len(texts[end]) - known <= most):
+            size, end = size + len(texts[end]) - known, end + 1
+        counts = [len(text) - known for text in texts[start:end]]
+        tokens = torch.tensor([[token for text in texts[start:end] for token in text[known:]]], device=llama.device)
+        hidden = llama.hidden(tokens, cache.append(counts, first + start))[0]        # (N, D)
         logits.append(llama.lm_head(hidden[torch.tensor(counts, device=llama.device).cumsum(0) - 1]))
         start = end
-    return torch.cat(logits)
+    places = [numbers[tuple(prompt)] for prompt in prompts]
+    for row, place in reversed(list(enumerate(places))):  # from the end: a place is copied before it is written over
+        cache.move(first + place, first + row)
+    return torch.cat(logits)[places]
 
 
 class Row:
@@ -651,26 +798,26 @@ class Row:
 
     def __init__(self, number, copier):
         self.number, self.copier = number, copier
-        self.new, self.guess, self.wrong, self.finished = [], [], 0, False
+        self.new, self.guess, self.right, self.wrong, self.finished = [], [], 0, 0, False
 
     def take(self, verified, stop_ids, most):
-        """Add what the model itself would have written: verified[i] is its choice after the first i guessed tokens,
-        and holds as long as these are its choices too. Sampled choices are drawn as without guessing, so their
+        """Add what the model itself would have written: verified[i] is its choice after the first i guessed tokens (or,
+        without guesses, after its own), and holds as long as these are its choices too. Sampled choices are drawn as without guessing, so their
         distribution is the model's (speculative sampling, arXiv 2302.01318, where the draft is a point mass)."""
-        right = 0
+        guess, self.right = self.guess or verified[:-1], 0
         for token in verified:
             if token in stop_ids:
                 self.finished = True
                 break
             self.new.append(token)
-            if right == len(self.guess) or self.guess[right] != token:
+            if self.right == len(guess) or guess[self.right] != token or len(self.new) == most:
                 break
-            right += 1
-        self.finished = self.finished or len(self.new) >= most
-        self.wrong = len(self.guess) - right
+            self.right += 1
+        self.finished = self.finished or len(self.new) == most
+        self.wrong = len(guess) - self.right
         if self.copier:
-            self.copier.learn(self.guess, right)
-            for token in self.new[len(self.new) - right - 1:] if not self.finished else ():
+            self.copier.learn(self.guess, self.right)
+            for token in self.new[len(self.new) - self.right - 1:] if not self.finished else ():
                 self.copier.add(token)
 
 
@@ -681,34 +828,32 @@ class Copier:
     drops sentences is not followed across a full stop. So nine of ten guesses come true in the embedded world, against
     one of two without, and little is lost where the device has no room to spare."""
 
+    worth = 1.5  # tokens that a guess must be expected to win, among rows that keep the device busy
+
     def __init__(self, tokens, habits):
-        self.tokens, self.habits, self.after = [], habits, {}
-        for token in tokens:
-            self.add(token)
+        self.tokens, self.habits = list(tokens), habits
+        self.after = {n: dict(zip(zip(*(tokens[i:] for i in range(n))), range(n, len(tokens)))) for n in (8, 4, 3, 2)}
 
     def add(self, token):
+        for n, after in self.after.items():
+            after[tuple(self.tokens[-n:])] = len(self.tokens)
         self.tokens.append(token)
-        self.after.setdefault(tuple(self.tokens[-2:]), []).append(len(self.tokens))
 
-    def guess(self, longest, least):
-        """Up to `longest` tokens, as long as all of them come true with a chance of `least`."""
-        def agreement(place):
-            count = 2
-            while count < 8 and self.tokens[place - 1 - count:place - count] == self.tokens[-1 - count:-count]:
-                count += 1
-            return count
-
-        places = self.after[tuple(self.tokens[-2:])][-9:-1]                          # the last one is here
-        if not places:
-            return []
-        place, likely, guess = max(places, key=agreement), 1.0, []
+    def guess(self, longest, alone):
+        """Up to `longest` tokens, as long as all of them are likely to come true; none where little is expected of them.
+        A row alone leaves the device idle, so that wrong guesses cost it little, and it guesses more boldly."""
+        least, worth = (0.05, 0.0) if alone else (0.5, self.worth)
+        places = (after.get(tuple(self.tokens[-n:])) for n, after in self.after.items())
+        place = next(filter(None, places), len(self.tokens))
+        likely, expected, guess = 1.0, 0.0, []
         for before, token in zip(self.tokens[place - 1:], self.tokens[place:place + longest]):
             went_on, tried = self.habits.get(before, (9, 10))
             likely *= went_on / tried
             if likely < least:
                 break
+            expected += likely
             guess.append(token)
-        return guess
+        return guess if expected >= worth else []
 
     def learn(self, guess, right):
         """After the tokens that come before the guessed ones, copying went on `right` times, and then perhaps not."""

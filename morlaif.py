@@ -91,7 +91,7 @@ def answers_of(folder, prompts, seed, device):
     """One answer of a policy to each prompt, sampled at temperature 1."""
     writer = align.Writer(folder, device)
     ids = [writer.encode(prompt, PPO.max_new_tokens) for prompt in prompts]
-    texts = dict(writer.in_batches(ids, PPO.max_new_tokens, 256, 1.0, [seed * 10**7 + i for i in range(len(ids))]))
+    texts = dict(writer.write(ids, PPO.max_new_tokens, 256, 1.0, [seed * 10**7 + i for i in range(len(ids))]))
     return [texts[i] for i in range(len(prompts))]
 
 

@@ -141,7 +141,7 @@ def policy_answers(name, prompts, out, seed, device):
     if name in ("small", "large"):
         writer = align.Writer(out / name, device)
         ids = [writer.encode(prompt, 256) for prompt in prompts]
-        texts = dict(writer.in_batches(ids, 256, 64, temperature=1.0, seeds=[seed * 10_007 + i for i in range(len(ids))]))
+        texts = dict(writer.write(ids, 256, 64, temperature=1.0, seeds=[seed * 10_007 + i for i in range(len(ids))]))
         return [texts[i] for i in range(len(prompts))]
     return [toy.answer(name, prompt, rng) for prompt in prompts]
 

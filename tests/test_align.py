@@ -209,9 +209,9 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     turns = "".join(f"\n\nHuman: Tell me more about {n}\n\nAssistant: It is a number." for n in range(100))
     data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
                                               "responses": [{"text": "Now you know."}]}])
-    lengths, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda llama, prompts, *rest, **more:
-                        lengths.extend(prompts) or generate(llama, prompts, *rest, **more))
+    lengths, stream = [], model.stream
+    monkeypatch.setattr(model, "stream", lambda llama, prompts, *rest, **more:
+                        lengths.extend(prompts) or stream(llama, prompts, *rest, **more))
     words = command(world, tmp_path / "out.jsonl")
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
     assert run(align, monkeypatch, words) == 0
@@ -296,9 +296,9 @@ def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path,
     out = tmp_path / "aligned.jsonl"
     killed(command(world, out), 5)
     assert not out.exists() and (tmp_path / "aligned.jsonl.part").exists()
-    edited, in_batches = [], align.Writer.in_batches
-    monkeypatch.setattr(align.Writer, "in_batches", lambda self, prompts, *rest, **more:
-                        edited.extend(prompts) or in_batches(self, prompts, *rest, **more))
+    edited, write = [], align.Writer.write
+    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
+                        edited.extend(prompts) or write(self, prompts, *rest, **more))
     for words, setting in ((command(world, out, objectives=["helpful"]), "objectives"),
                            (command(world, out, "--seed", 1), "seed"), (command(world, out, "--rounds", 2), "rounds"),
                            (command(world, out, "--limit", 8), "data")):
@@ -317,9 +317,9 @@ def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch,
     assert run(align, monkeypatch, command(world, tmp_path / "whole", *words, source="prompts.jsonl")) == 0
     words = command(world, tmp_path / "out", *words, source="prompts.jsonl")
     killed(words, count)
-    sizes, in_batches = [], align.Writer.in_batches
-    monkeypatch.setattr(align.Writer, "in_batches", lambda self, prompts, *rest, **more:
-                        sizes.append(len(prompts)) or in_batches(self, prompts, *rest, **more))
+    sizes, write = [], align.Writer.write
+    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
+                        sizes.append(len(prompts)) or write(self, prompts, *rest, **more))
     assert run(align, monkeypatch, words) == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
