@@ -2,9 +2,10 @@
 
     machine   a bf16 matrix product and a copy: what the other figures are measured against
     train     supervised fine-tuning of a 40M Llama: train.py's step against TRL's SFTTrainer
+    large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation of full fine-tuning, memory of it and of LoRA
     align     greedy edits of real answers: align.py's generation against `transformers` at its best batch size
     copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
-    decode    one sequence without copying: weights read per second against the copy
+    decode    one sequence without copying, 7B on a GPU, else 40M: weights read per second against the copy
     kernels   attention to a cache, prefill, attention in training: each against the plain way to the same result
     adapters  twelve preference models, adapters of one base, scoring: side by side against one after another
 
@@ -22,11 +23,17 @@ import time
 from pathlib import Path
 
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+LARGE = {  # of TinyLlama and of Llama 2
+    "1.1B": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                 num_attention_heads=32, num_key_value_heads=4),
+    "7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+               num_attention_heads=32),
+}
 NEW_TOKENS = 256
 KERNELS = dict(config=SIZE, cache=(16, 316), prompts=list(range(224, 32, -6)), documents=(64, 27), rows=(8, 512),
                least=1.0)
 ADAPTERS = dict(config=SIZE, adapters=12, rank=8, tokens=100, answers=(1, 4, 16), calls=5)
-PARTS = ["machine", "train", "align", "copy", "decode", "kernels", "adapters"]
+PARTS = ["machine", "train", "large", "align", "copy", "decode", "kernels", "adapters"]
 COLUMNS = "{:<46}{:>14}{:>14}{:>9}  {}"
 
 
@@ -40,7 +47,7 @@ def arguments():
     add("--pairs", metavar="FILE", help="training data, as train.py reads it (default: texts of the embedded world)")
     add("--answers", metavar="FILE", help="answers to edit, as align.py reads them (default: the embedded world's)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json for --pairs (default: the aligner's)")
-    add("--steps", type=int, default=4, metavar="N", help="training steps of 8 examples that are timed (default 4)")
+    add("--steps", type=int, default=4, metavar="N", help="training steps that are timed (default 4)")
     add("--count", type=int, default=64, metavar="N", help="answers to edit (default 64)")
     add("--max-tokens", type=int, default=1024, metavar="N", help="longest training example (default 1024)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
@@ -50,7 +57,7 @@ def arguments():
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
     if not args.parts and not args.job and not (Path(args.aligner) / "config.json").exists():
         print(f"{args.aligner}: no aligner there, so no align and no copy; `make train` makes one", file=sys.stderr)
-        args.parts = ["machine", "train", "decode", "kernels", "adapters"]
+        args.parts = ["machine", "train", "large", "decode", "kernels", "adapters"]
     args.parts = args.parts or PARTS
     return args
 
@@ -110,22 +117,66 @@ def machine(device):
     return {"flops": max(rates), "bytes": 2 * source.nbytes / seconds(lambda: target.copy_(source), device)}
 
 
+def fresh(size, dtype, device):
+    """A Llama of that size, its weights small noise made where they stay: at no time are they there twice."""
+    import model
+    with torch.device("meta"):
+        llama = model.Llama(model.Config(**size)).to(dtype)
+    llama.to_empty(device=device)
+    llama.tie()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1)
+    return llama
+
+
 def train_ours(job, folder, device):
     import model
     import train
     llama = model.Llama.from_pretrained(folder, device=device)
-    options = train.Options(lr=1e-5, micro_tokens=4096)
-    optimizer = train.make_optimizer(llama, options)
+    return timed_steps(job, llama, train.Options(lr=1e-5, micro_tokens=4096), device)
 
-    def step(examples):
-        for batch in train.pack(examples, options.micro_tokens, torch.device(device)):
-            with train.autocast(torch.device(device), options):
-                loss = train.cross_entropy(llama, batch) / 1000
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return timed_training(job, [once(lambda: step(examples), device) for examples in job["batches"]], device)
+
+def large(job, folder, device):
+    """Weights as train.start_from loads them: in fp32, but for LoRA's frozen ones, which a GPU holds in bf16."""
+    import model
+    import train
+    options = train.Options(**job["options"])
+    half = options.lora_rank and device == "cuda" and model.computes_bf16(device)
+    llama = fresh(job["config"], torch.bfloat16 if half else torch.float32, device)
+    if options.lora_rank:
+        llama = model.add_lora(llama, options.lora_rank, folder)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return timed_steps(job, llama, options, device)
+
+
+def timed_steps(job, llama, options, device):
+    import train
+    llama.checkpoint_activations = options.checkpoint_activations
+    if options.compile:
+        train.compile_blocks(llama)
+    optimizer = train.make_optimizer(llama, options)
+    times = [once(lambda: training_step(llama, optimizer, options, examples), device) for examples in job["batches"]]
+    return timed_training(job, times, device)
+
+
+def training_step(llama, optimizer, options, examples):
+    """The step in train.train."""
+    import train
+    batches = list(train.pack(examples, options.micro_tokens, llama.device))
+    count = sum(int(batch.targets.sum()) for batch in batches)
+    for batch in batches:
+        with train.autocast(llama.device, options):
+            loss = train.cross_entropy(llama, batch) / count
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(train.trained(llama).values(), options.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def train_trl(job, folder, device):
@@ -166,7 +217,8 @@ def align_ours(job, folder, device):
     llama = model.Llama.from_pretrained(folder, getattr(torch, job["dtype"]), device)
 
     def edit(prompts):
-        return model.generate(llama, prompts, job["new_tokens"], stop_ids=llama.config.stop_ids, draft=job["draft"])
+        return model.stream(llama, prompts, job["new_tokens"], job["batch"], stop_ids=llama.config.stop_ids,
+                            draft=job["draft"])
     return timed_edits(job, edit, llama.tally, device)
 
 
@@ -176,6 +228,10 @@ def align_transformers(job, folder, device):
     stop = llama.config.eos_token_id
 
     def edit(prompts):
+        for start in range(0, len(prompts), job["batch"]):
+            yield from enumerate(batch_of(prompts[start:start + job["batch"]]), start)
+
+    def batch_of(prompts):
         longest = max(map(len, prompts))
         ids = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -186,20 +242,31 @@ def align_transformers(job, folder, device):
 
 
 def timed_edits(job, edit, tally, device):
-    """All prompts, the longest first, `batch` at a time; the first batch warms up. The faster of `passes` counts."""
-    prompts, times = job["prompts"], []
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    edit([prompts[i] for i in order[:job["batch"]]])
+    """All prompts, the longest first, `batch` at a time, after a first few to warm up. The faster of `passes` counts."""
+    order = sorted(range(len(job["prompts"])), key=lambda i: -len(job["prompts"][i]))
+    prompts, times = [job["prompts"][i] for i in order], []
+    dict(edit(prompts[:job["batch"]]))
     for _ in range(job["passes"]):
-        began, written = time.perf_counter(), [None] * len(prompts)
-        for start in range(0, len(order), job["batch"]):
-            chosen = order[start:start + job["batch"]]
-            for i, new in zip(chosen, edit([prompts[i] for i in chosen])):
-                written[i] = new
+        began = time.perf_counter()
+        written = {order[place]: new for place, new in edit(prompts)}
         sync(device)
         times.append(time.perf_counter() - began)
-    return {"seconds": min(times), "peak": peak(device), "written": written,
+    return {"seconds": min(times), "peak": peak(device), "written": [written[i] for i in range(len(order))],
             "copied": tally["copied"] / max(1, tally["written"]) if tally else 0.0}
+
+
+def decode(job, folder, device):
+    """Seconds for each further token of one sequence, and the bytes of weights that it reads: all, but of the embedding
+    one row. What comes before the first 16 tokens is in both of the times that are subtracted."""
+    import model
+    llama = fresh(job["config"], getattr(torch, job["dtype"]), device)
+
+    def write(count):
+        return once(lambda: model.generate(llama, [[5] * 128], count, stop_ids=(), draft=0), device)
+    write(16 + 96)
+    longer, shorter = zip(*[(write(16 + 96), write(16)) for _ in range(3)])
+    read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
+    return {"seconds": (min(longer) - min(shorter)) / 96, "bytes": read}
 
 
 def kernels_of(job, device):
@@ -213,10 +280,11 @@ def kernels_of(job, device):
     rows, tokens = job["cache"]
     room = -(-tokens // 64) * 64  # as model.Cache makes it
     q, block = noise(rows, 1, *heads), noise(2, rows, heads[0], 2 * room, heads[1])
-    hidden = (torch.arange(room, device=device) >= tokens).expand(rows, 1, room)
+    hidden = (torch.arange(room, device=device) >= tokens).expand(rows, 1, 1, room)
+    hide = torch.zeros(hidden.shape, dtype=kind, device=device).masked_fill(hidden, float("-inf"))
     for where, (k, v) in (("", block[..., :room, :].contiguous()), (" in a larger block", block[..., :room, :])):
-        yield (f"cache of {rows} x {tokens}{where}", kernel, lambda: model.cached_attention(q, k, v, hidden),
-               lambda: model.sdpa(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=~hidden[:, None]))
+        yield (f"cache of {rows} x {tokens}{where}", kernel, lambda: model.cached_attention(q[:, 0] * heads[1] ** -0.5, k, v, hide),
+               lambda: model.sdpa(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=~hidden)[:, 0])
 
     llama, count = model.Llama(config).to(device, kind).requires_grad_(False), len(job["prompts"])
     ids = torch.randint(config.vocab_size, (count, max(job["prompts"])), generator=generator).to(device)
@@ -322,8 +390,8 @@ def adapters_peft(job, folder, device):
 
 
 JOBS = {"adapters": adapters, "adapters_peft": adapters_peft,
-        "train_ours": train_ours, "train_trl": train_trl, "align_ours": align_ours,
-        "align_transformers": align_transformers, "kernels": kernels}
+        "train_ours": train_ours, "train_trl": train_trl, "large": large, "align_ours": align_ours,
+        "align_transformers": align_transformers, "decode": decode, "kernels": kernels}
 
 
 def measure(kind, folder, args, peer=False, **job):
@@ -395,6 +463,13 @@ def training_batches(args, tokenizer):
             for start in range(0, 8 * (args.steps + 2), 8)]
 
 
+def random_batches(words, lengths, count):
+    """Batches of a document of each of the lengths, all of it but its first token to be learned."""
+    generator = torch.Generator().manual_seed(0)
+    return [[(torch.randint(words, (length,), generator=generator).tolist(), 0) for length in lengths]
+            for _ in range(count)]
+
+
 def embedded_prompts(writer, count):
     """Prompts that ask the aligner to edit answers of the embedded world, and those answers' token ids."""
     import random
@@ -454,6 +529,27 @@ def versus(ours, peer):
     return f"{ours / peer:.2f} x"
 
 
+def utilisation(config, job, ours, rates):
+    """Of the steps that were timed, in words."""
+    timed = [example for batch in job["batches"][2:] for example in batch]
+    work = flops(config, [len(ids) for ids, _ in timed], sum(len(ids) - max(n, 1) for ids, n in timed))
+    return f"{100 * work / ours['seconds'] / rates['flops']:.0f} % of the matrix product; {ours['peak']:.1f} GiB"
+
+
+def shape(name, device):
+    """(name, size) of a large model; where there is no GPU, of the 40M one, which takes the same path."""
+    return (name, LARGE[name]) if device == "cuda" else ("40M", SIZE)
+
+
+def measure_or_tell(what, kind, folder, args, **job):
+    """As measure; where that fails, for want of memory, say, None and a line of the table that says why."""
+    from data import UserError
+    try:
+        return measure(kind, folder, args, **job)
+    except UserError as error:
+        line(what, "", note=f"failed: {error}")
+
+
 def bench_train(args, folder, rates):
     import model
     import toy
@@ -465,9 +561,7 @@ def bench_train(args, folder, rates):
     batches = training_batches(args, tokenizer)
     job = {"batches": batches, "max_tokens": args.max_tokens, "eos": tokenizer.id_to_token(2)}
     ours = measure("train_ours", folder, args, **job)
-    timed = [example for batch in batches[2:] for example in batch]
-    work = flops(config, [len(ids) for ids, _ in timed], sum(len(ids) - max(n, 1) for ids, n in timed))
-    note = f"{100 * work / ours['seconds'] / rates['flops']:.0f} % of the matrix product; {ours['peak']:.1f} GiB"
+    note = utilisation(config, job, ours, rates)
     speed, theirs = ours["tokens"] / ours["seconds"], None
     if args.peer:
         theirs = measure("train_trl", folder, args, peer=True, **job)
@@ -477,6 +571,31 @@ def bench_train(args, folder, rates):
              f"{note}, TRL {theirs['peak']:.1f} GiB")
     else:
         line("train: SFT, 40M, real tokens/s", f"{speed:,.0f}", note=note)
+
+
+def bench_large(args, folder, rates):
+    """Speed with 8 rows of 2,048 packed tokens at a time. Memory with one, and with two of them in a step: the second
+    comes when gradients are there already, as most do in training."""
+    import model
+    gpu = args.device == "cuda"
+    row, rows = [700, 1348], 8 if gpu else 1
+    fast = dict(micro_tokens=2048 * rows, compile=gpu)
+    lean = dict(micro_tokens=2048, checkpoint_activations=True)
+    for what, unit, name, lengths, options in (
+            ("full, {}, 2,048 tokens", "real tokens/s", "1.1B", row * rows, fast),
+            ("full, {}, lean", "GiB", "1.1B", [*row, 2048], dict(lean, bf16_moments=True)),
+            ("LoRA of rank 16, {}", "GiB", "7B", [*row, 2048], dict(lean, lora_rank=16))):
+        label, size = shape(name, args.device)
+        what = f"large: {what.format(label)}, {unit}"
+        job = dict(config=size, batches=random_batches(size["vocab_size"], lengths, args.steps + 2), options=options)
+        ours = measure_or_tell(what, "large", folder, args, **job)
+        if not ours:
+            continue
+        speed = f"{ours['tokens'] / ours['seconds']:,.0f}"
+        if unit == "GiB":
+            line(what, f"{ours['peak']:.1f}", note=f"{speed} tokens/s")
+        else:
+            line(what, speed, note=utilisation(model.Config(**size), job, ours, rates))
 
 
 def aligners(args, folder):
@@ -543,19 +662,13 @@ def bench_copy(args, folder, rates):
 
 
 def bench_decode(args, folder, rates):
-    import model
-    llama = model.Llama(model.Config(**SIZE)).to(args.device, getattr(torch, dtype(args)))
-    with torch.inference_mode():
-        cache = model.Cache(llama.config, 1, llama.lm_head.weight.dtype, args.device)
-        logits = model.prefill(llama, cache, [[5] * 128])
-
-        def step():
-            token = logits.argmax(-1)[None]
-            llama.lm_head(llama.hidden(token, cache.append([1])))
-        each = seconds(step, args.device, least=1.0)
-    read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
-    line("decode: 40M, one sequence, tokens/s", f"{1 / each:,.0f}",
-         note=f"{read / each / 1e9:.1f} GB/s of weights, {100 * read / each / rates['bytes']:.0f} % of the copy")
+    label, size = shape("7B", args.device)
+    what = f"decode: {label}, one sequence, tokens/s"
+    ours = measure_or_tell(what, "decode", folder, args, config=size, dtype=dtype(args))
+    if ours:
+        rate = ours["bytes"] / ours["seconds"]
+        line(what, f"{1 / ours['seconds']:,.0f}",
+             note=f"{rate / 1e9:.1f} GB/s of weights, {100 * rate / rates['bytes']:.0f} % of the copy")
 
 
 def bench_kernels(args, folder, rates):
@@ -595,8 +708,8 @@ def main():
     line("", "ours", "peer", "ratio")
     line("machine: bf16 matrix product, GFLOP/s", f"{rates['flops'] / 1e9:,.0f}")
     line("machine: copy, GB/s", f"{rates['bytes'] / 1e9:,.1f}")
-    parts = {"train": bench_train, "align": bench_align, "copy": bench_copy, "decode": bench_decode,
-             "kernels": bench_kernels, "adapters": bench_adapters}
+    parts = {"train": bench_train, "large": bench_large, "align": bench_align, "copy": bench_copy,
+             "decode": bench_decode, "kernels": bench_kernels, "adapters": bench_adapters}
     for name, part in parts.items():
         if name in args.parts:
             with tempfile.TemporaryDirectory() as folder:
