@@ -41,6 +41,7 @@ def arguments(argv=None):
     add("--batch", type=int, default=32, metavar="N", help="answers edited at a time (default 32)")
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--compile", action="store_true", help="let torch.compile fuse each block, which takes a minute or more at first")
     add("--interactive", action="store_true", help="type a question, an answer and objectives; see the edit")
     args = parser.parse_args(argv)
     if not args.data and not args.interactive:
@@ -73,7 +74,7 @@ DRAFT = 15  # tokens guessed per step, at most: edits are mostly copied, so gues
 class Writer:
     """A Llama with its tokenizer: texts in, texts out."""
 
-    def __init__(self, folder, device=None):
+    def __init__(self, folder, device=None, compiled=False):
         try:
             device = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         except (RuntimeError, AssertionError) as error:
@@ -82,6 +83,8 @@ class Writer:
         dtype = torch.bfloat16 if model.computes_bf16(device) else torch.float32
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
+        if compiled:
+            model.compile_blocks(self.llama)
 
     def encode(self, prompt, new_tokens, context=None):
         """Prompt ids that leave room for new_tokens in the model's context, or None if they cannot."""
@@ -282,7 +285,7 @@ def main():
     template = data.read_template(args.template) if args.template else data.TEMPLATE
     objectives = data.find_objectives(args.objectives)
     if args.interactive:
-        interactive(Writer(args.model, args.device), args)
+        interactive(Writer(args.model, args.device, args.compile), args)
         return
     check_out(args)
     skipped = data.Counter()
@@ -293,7 +296,7 @@ def main():
     if unanswered and not args.policy:
         raise UserError(f"{args.data[0]}: {len(unanswered)} prompts have no answer; give --policy FOLDER_OR_URL, "
                         "whose answers are to be edited")
-    aligner = Writer(args.model, args.device)
+    aligner = Writer(args.model, args.device, args.compile)
     journal = Journal(args.out, fingerprint(args, items, objectives, template))
     items = [{**item, **journal.rows.get(item["index"], {})} for item in items]
     unanswered = [item for item in items if "original" not in item]

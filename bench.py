@@ -156,10 +156,11 @@ def large(job, folder, device):
 
 
 def timed_steps(job, llama, options, device):
+    import model
     import train
     llama.checkpoint_activations = options.checkpoint_activations
     if options.compile:
-        train.compile_blocks(llama)
+        model.compile_blocks(llama)
     optimizer = train.make_optimizer(llama, options)
     times = [once(lambda: training_step(llama, optimizer, options, examples), device) for examples in job["batches"]]
     return timed_training(job, times, device)
@@ -169,7 +170,7 @@ def training_step(llama, optimizer, options, examples):
     """The step in train.train."""
     import train
     batches = list(train.pack(examples, options.micro_tokens, llama.device))
-    count = sum(int(batch.targets.sum()) for batch in batches)
+    count = sum(len(batch.targets) for batch in batches)
     for batch in batches:
         with train.autocast(llama.device, options):
             loss = train.cross_entropy(llama, batch) / count
@@ -260,6 +261,8 @@ def decode(job, folder, device):
     one row. What comes before the first 16 tokens is in both of the times that are subtracted."""
     import model
     llama = fresh(job["config"], getattr(torch, job["dtype"]), device)
+    if device == "cuda":
+        model.compile_blocks(llama)
 
     def write(count):
         return once(lambda: model.generate(llama, [[5] * 128], count, stop_ids=(), draft=0), device)
@@ -283,7 +286,8 @@ def kernels_of(job, device):
     hidden = (torch.arange(room, device=device) >= tokens).expand(rows, 1, 1, room)
     hide = torch.zeros(hidden.shape, dtype=kind, device=device).masked_fill(hidden, float("-inf"))
     for where, (k, v) in (("", block[..., :room, :].contiguous()), (" in a larger block", block[..., :room, :])):
-        yield (f"cache of {rows} x {tokens}{where}", kernel, lambda: model.cached_attention(q[:, 0] * heads[1] ** -0.5, k, v, hide),
+        yield (f"cache of {rows} x {tokens}{where}", kernel,
+               lambda: model.cached_attention(q[:, 0] * heads[1] ** -0.5, k, v, hide),
                lambda: model.sdpa(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=~hidden)[:, 0])
 
     llama, count = model.Llama(config).to(device, kind).requires_grad_(False), len(job["prompts"])

@@ -375,14 +375,14 @@ def evaluate(agent, batch):
     policy, value = agent["policy"], agent["value"]
     hidden = policy.hidden(batch.tokens[None], model.Packed(batch.lengths, batch.tokens.device))[0]     # (N, D)
     logprobs = model.token_logprobs(policy, batch.tokens, batch.lengths, batch.targets, hidden=hidden)
-    states = hidden[batch.targets.nonzero()[:, 0] - 1].float()
+    states = hidden[batch.targets - 1].float()
     return logprobs, (states * value.weight).sum(-1) + value.bias  # autocast would round a matrix product to bf16
 
 
 def packed(rollouts, options, device):
     """Batches of rollouts, in order (they are sorted by length already), with how many actions each has."""
     for batch in train.pack([(rollout.ids, rollout.n_prompt) for rollout in rollouts], options.micro_tokens, device):
-        yield batch, int(batch.targets.sum())
+        yield batch, len(batch.targets)
 
 
 @torch.no_grad()

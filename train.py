@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,8 +218,8 @@ class Stage:
 
 @dataclass
 class Batch:
-    """Examples packed one after another: tokens (N,), targets (N,) bool (what the loss is a mean over), lengths per
-    document. Of pairs: which two documents (P, 2), and labels (P,)."""
+    """Examples packed one after another: tokens (N,), targets (K,), the places of what the loss is a mean over, lengths
+    per document. Of pairs: which two documents (P, 2), and labels (P,)."""
     tokens: torch.Tensor
     targets: torch.Tensor
     lengths: list
@@ -248,6 +249,18 @@ def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0)
         config.max_position_embeddings = longest
     texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
     return Stage(name, examples, validation, texts, replay_share, STAGES[name][1])
+
+
+def ahead(make, items):
+    """Yield make(item) for each item; a thread makes the next one while this one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = []
+        for item in items:
+            coming.append(thread.submit(make, item))
+            if len(coming) > 1:
+                yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
 
 
 def steps_in(stage, options):
@@ -282,8 +295,9 @@ def pack(examples, micro_tokens, device):
             yield pack_pairs(group, device)
             continue
         tokens = torch.tensor([token for ids, _ in group for token in ids])
-        targets = torch.cat([torch.arange(len(ids)) >= max(n_prompt, 1) for ids, n_prompt in group])
-        yield Batch(tokens.to(device), targets.to(device), [len(ids) for ids, _ in group])
+        targets = torch.cat([torch.arange(len(ids)) >= max(n_prompt, 1) for ids, n_prompt in group]).nonzero()[:, 0]
+        yield Batch(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True),
+                    [len(ids) for ids, _ in group])
 
 
 def pack_pairs(group, device):
@@ -295,8 +309,7 @@ def pack_pairs(group, device):
     place = torch.empty(len(order), dtype=torch.long)
     place[order] = torch.arange(len(order))
     pairs = place.view(-1, 2)
-    targets = torch.zeros(len(tokens), dtype=torch.bool)
-    targets[torch.tensor(lengths).cumsum(0)[pairs[:, 0]] - 1] = True  # one for each pair
+    targets = torch.tensor(lengths).cumsum(0)[pairs[:, 0]] - 1  # one for each pair
     labels = torch.tensor([label for _, _, label in group], dtype=torch.float32)
     return Batch(tokens.to(device), targets.to(device), lengths, pairs.to(device), labels.to(device))
 
@@ -315,7 +328,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
     device = llama.device
     llama.checkpoint_activations = options.checkpoint_activations
     if options.compile:
-        compile_blocks(llama)
+        model.compile_blocks(llama)
     state = load_state(out, stages, options, llama) if resume else None
     if state == "finished":
         print(f"{out}: finished already")
@@ -338,12 +351,13 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
         with tqdm(total=total, initial=first, desc=name, unit="step", disable=not progress) as bar:
             if first == 0:
                 validate(llama, stage, 0, metrics, options)
-            for step in range(first, total):
+            def packed(step, stage=stage):
+                return list(pack(examples_of(stage, step, options), options.micro_tokens, device))
+            for step, batches in enumerate(ahead(packed, range(first, total)), first):
                 rate = learning_rate(step, total, options)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                batches = list(pack(examples_of(stage, step, options), options.micro_tokens, device))
-                count = sum(int(batch.targets.sum()) for batch in batches)
+                count = sum(len(batch.targets) for batch in batches)
                 loss = 0.0
                 for batch in batches:
                     with autocast(device, options):
@@ -424,14 +438,6 @@ def rounded_at_random(x, generator):
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-def compile_blocks(llama):
-    """Fuse the arithmetic of each block (torch.compile). Where there is no compiler, the blocks run as they are."""
-    import torch._dynamo
-    torch._dynamo.config.suppress_errors = True
-    for block in llama.model.layers:
-        block.compile(dynamic=True)
-
-
 def learning_rate(step, total, options):
     """Linear warm-up over a share of the steps, then a cosine to zero."""
     rising = max(1, math.ceil(options.warmup * total))
@@ -454,7 +460,7 @@ def validate(llama, stage, step, metrics, options):
     for batch in pack(stage.held_out, options.micro_tokens, llama.device):
         with autocast(llama.device, options):
             loss += float(stage.loss(llama, batch))
-        count += int(batch.targets.sum())
+        count += len(batch.targets)
     write_row(metrics, {"stage": stage.name, "step": step, "val_loss": loss / count})
 
 
