@@ -492,7 +492,7 @@ class Cache:
     at a time: what is read is then one whole block, which kernels like, and their shapes seldom change."""
 
     def __init__(self, config, rows, dtype, device):
-        self.static = torch.device(device).type != "cpu"  # shapes and places in memory that stay, for CUDA graphs
+        self.static = torch.device(device).type == "cuda"  # shapes and places in memory that stay, for CUDA graphs
         self.width, self.step = (rows, 512) if self.static else (16, 64)
         self.graphs, self.kept = {}, {}
         layers, groups, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
