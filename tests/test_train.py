@@ -122,6 +122,20 @@ def test_pack_keeps_to_the_budget_and_loses_nothing():
     assert sorted(parts) == sorted(ids.tolist() for ids, _ in examples)
 
 
+@pytest.mark.parametrize("kind, more", [("cpu", 0), ("cuda", 1)])
+def test_beside_a_gpu_a_thread_makes_the_next_item_and_no_more(kind, more):
+    made, used, device = [], [], torch.device(kind)
+    for item in train.ahead(lambda number: made.append(number) or number * number, range(6), device):
+        used.append(item)
+        assert len(made) <= len(used) + more
+    assert used == [0, 1, 4, 9, 16, 25] and made == list(range(6))
+    assert list(train.ahead(str, [], device)) == []
+    items = train.ahead(lambda number: 1 / number, [2, 1, 0], device)
+    assert [next(items), next(items)] == [0.5, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
 def test_targets_are_the_completions_and_never_a_first_token():
     batch, = train.pack([([5, 6, 7, 8], 2), ([9, 10, 11], 0)], 100, "cpu")
     assert batch.tokens.tolist() == [9, 10, 11, 5, 6, 7, 8] and batch.lengths == [3, 4]
