@@ -365,29 +365,17 @@ def sdpa(q, k, v, **options):
 def causal_attention(q, k, v):
     """Causal attention of documents laid out as rows: q (R, T, H, E), k and v (R, T, G, E), gives (R, T, H, E). On a
     CPU in bf16 and for up to 1,024 tokens, the definition written out trains about twice as fast as PyTorch's kernel.
-    The first half of a document does not look at the second, which makes a training step a tenth faster."""
+    The H/G query heads that share keys are rows of one matrix product: a step 6 to 10 % faster than with copied keys."""
     (rows, tokens, heads, size), sharing = q.shape, q.size(2) // k.size(2)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024:
         return sdpa(q, k, v, is_causal=True)
     k, v = (x.transpose(1, 2).reshape(-1, tokens, size) for x in (k, v))             # (R * G, T, E)
-    q = q.transpose(1, 2).reshape(len(k), sharing, tokens, size)                     # (R * G, H/G, T, E)
+    q = q.transpose(1, 2).reshape(len(k), -1, size)                                  # (R * G, H/G * T, E)
+    future = q.new_full((tokens, tokens), float("-inf")).triu(1).repeat(sharing, 1)
     with torch.autocast("cpu", enabled=False):  # which would copy the scores to fp32; softmax adds up in fp32 anyway
-        if tokens < 128:
-            y = last_tokens_attention(q, k, v)
-        else:
-            half = tokens // 2
-            first, second = q.split((half, tokens - half), dim=2)
-            y = torch.cat((last_tokens_attention(first, k[:, :half], v[:, :half]),
-                           last_tokens_attention(second, k, v)), dim=2)
-    return y.reshape(rows, heads, tokens, size).transpose(1, 2)
-
-
-def last_tokens_attention(q, k, v):
-    """Causal attention of a text's last C tokens q (N, S, C, E) to all of it, k and v (N, L, E)."""
-    (_, sharing, tokens, size), length = q.shape, k.size(1)
-    future = q.new_full((tokens, length), float("-inf")).triu(1 + length - tokens).repeat(sharing, 1)
-    scores = torch.baddbmm(future, q.flatten(1, 2), k.transpose(1, 2), alpha=size ** -0.5)     # (N, S * C, L)
-    return torch.bmm(scores.softmax(-1), v).view(q.shape)
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=size ** -0.5)     # (R * G, H/G * T, T)
+        y = torch.bmm(scores.softmax(-1), v)
+    return y.view(rows, heads, tokens, size).transpose(1, 2)
 
 
 class Causal:
