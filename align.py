@@ -83,6 +83,7 @@ class Writer:
         dtype = torch.bfloat16 if model.computes_bf16(device) else torch.float32
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
+        model.prepack(self.llama)
         if compiled:
             model.compile_blocks(self.llama)
 

@@ -740,6 +740,20 @@ def test_compiled_blocks_write_the_same(as_gpu, monkeypatch):
     assert 0 < traced.frame_count <= 8
 
 
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}], ids=str)
+def test_packed_weights_write_the_same(changes):
+    llama = tiny(seed=3, hidden_size=64, **changes).bfloat16()
+    expected = [generate(llama, LOOPS, 40, draft=draft) for draft in (0, 7)]
+    size = sum(p.numel() for p in llama.parameters())
+    model.prepack(llama)
+    packed = sum(p.numel() for p in llama.parameters())
+    assert packed < size / 2, "the weights of the blocks are not there twice"
+    assert [generate(llama, LOOPS, 40, draft=draft) for draft in (0, 7)] == expected
+    other = tiny(seed=3)
+    model.prepack(other)
+    assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in tiny().parameters()), "fp32 stays"
+
+
 def test_real_stories_in_a_batch(shared):
     folder = shared / "checkpoints/stories260K"
     llama = Llama.from_pretrained(folder)
