@@ -613,9 +613,9 @@ def aligners(args, folder):
     names = dict(bos_token_id=small.llama.config.bos_token_id, eos_token_id=small.llama.config.eos_token_id,
                  max_position_embeddings=small.llama.config.max_position_embeddings)
     widen(model.Llama.from_pretrained(args.aligner), model.Config(**SIZE, **names)).save_pretrained(wide)
-    narrow = folder / "narrow"
-    model.Llama.from_pretrained(args.aligner).save_pretrained(narrow)
-    millions = sum(p.numel() for p in small.llama.parameters()) / 1e6
+    narrow, llama = folder / "narrow", model.Llama.from_pretrained(args.aligner)
+    llama.save_pretrained(narrow)
+    millions = sum(p.numel() for p in llama.parameters()) / 1e6
     return small, [(f"{millions:.1f}M", narrow), ("40M", wide)]
 
 
