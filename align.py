@@ -83,9 +83,10 @@ class Writer:
         dtype = torch.bfloat16 if model.computes_bf16(device) else torch.float32
         self.llama = model.Llama.from_pretrained(folder, dtype, device).eval()
         self.tokenizer = model.load_tokenizer(folder, self.llama)
-        model.prepack(self.llama)
         if compiled:
             model.compile_blocks(self.llama)
+        else:
+            model.prepack(self.llama)
 
     def encode(self, prompt, new_tokens, context=None):
         """Prompt ids that leave room for new_tokens in the model's context, or None if they cannot."""

@@ -205,6 +205,13 @@ def test_an_answer_too_long_is_left_as_it_is(world, tmp_path, monkeypatch, capsy
         assert "left as they were: 1 answers" in printed and "2 answers, 1 changed" in printed
 
 
+def test_blocks_are_compiled_where_that_is_asked_for(world, aligned, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(model, "compile_blocks", compiled.append)
+    assert run(align, monkeypatch, command(world, tmp_path / "aligned.jsonl", "--compile")) == 0
+    assert len(compiled) == 1 and (tmp_path / "aligned.jsonl").read_bytes() == aligned.read_bytes()
+
+
 def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     turns = "".join(f"\n\nHuman: Tell me more about {n}\n\nAssistant: It is a number." for n in range(100))
     data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
