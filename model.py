@@ -530,8 +530,8 @@ class Cache:
             self.put(target, self.take(source, self.lengths[source]))
 
     def place(self, name, tensor):
-        """A tensor on the device; with a name, in the place of the last one of that name and shape."""
-        if name is None:
+        """A tensor on the device; where places are fixed, in that of the last one of this name and shape."""
+        if not self.fixed:
             return tensor.to(self.device)
         if (name, tensor.shape) not in self.kept:
             self.kept[name, tensor.shape] = torch.empty_like(tensor, device=self.device)
@@ -541,10 +541,11 @@ class Cache:
         """Prepare for counts[r] further tokens of row first + r, one row's after another's; and for spare ones behind
         the last row's, which attend to nothing and are not kept. fixed: what is prepared stays in its place, for a
         recorded pass to read."""
+        self.fixed = fixed
         before, end = self.lengths[first:first + len(counts)], first + len(counts)
         row, offset = places_of([*counts[:-1], counts[-1] + spare])
         position = torch.tensor(before)[row] + offset
-        self.positions = self.place("positions" if fixed else None, position[None])
+        self.positions = self.place("positions", position[None])
         self.lengths[first:end] = [length + count for length, count in zip(before, counts)]
         self.writes, groups, start = [], [], 0
         for shelf in range(first // self.width, -(-end // self.width)):
@@ -553,14 +554,14 @@ class Cache:
             self.grow(shelf, max(self.lengths[first + a:first + b]) + more)
             new = slice(start, start := start + sum(counts[a:b]) + more)
             on_shelf = first + row[new] - shelf * self.width
-            self.writes.append((shelf, new, self.place("rows" if fixed else None, on_shelf)))
+            self.writes.append((shelf, new, self.place("rows", on_shelf)))
             groups.append(((shelf, first - shelf * self.width), a, b))
         self.prefill = None if any(before) else Packed(counts, self.device)
         if not self.prefill:
-            self.divide(groups, torch.tensor(before), torch.tensor(counts), len(row), fixed)
+            self.divide(groups, torch.tensor(before), torch.tensor(counts), len(row))
         return self
 
-    def divide(self, groups, before, counts, tokens, fixed):
+    def divide(self, groups, before, counts, tokens):
         """Attention of new tokens to those in the cache, in parts: (shelf, slice of its rows, what is added to the
         scores to hide (R, 1, C, L)). `which` says where the parts' queries come from, `back` where their results go.
         The number of rows is rounded, since kernels are chosen, and on a CPU built, for each new shape."""
@@ -577,10 +578,10 @@ class Cache:
             token, done = starts[a:b, None] + last, sum(map(len, which))             # (R, C)
             back[token] = torch.arange(done, done + token.numel()).view(token.shape)
             which.append(F.pad(token, (0, 0, 0, len(hide) - len(token))).flatten())
-            self.parts.append((shelf[0], rows, self.place("hide" if fixed else None, hide)))
+            self.parts.append((shelf[0], rows, self.place("hide", hide)))
         self.sizes = list(map(len, which))
-        self.which = self.place("which" if fixed else None, torch.cat(which))
-        self.back = self.place("back" if fixed else None, back)
+        self.which = self.place("which", torch.cat(which))
+        self.back = self.place("back", back)
 
     def pieces(self, counts, shelf, a, b):
         """Which new tokens of a shelf's rows a to b attend together: [(shelf, first row, end, first token, end), ...].
@@ -740,8 +741,8 @@ def advance(llama, cache, texts):
         rows, width = min(rounded(len(counts)), len(before)), rounded(max(counts))
         if not torch.is_tensor(texts):
             texts = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-        tokens = cache.place("tokens", F.pad(texts, (0, 0, 0, rows - len(texts))).view(1, -1))
         attend = cache.append([width] * rows, fixed=True)
+        tokens = cache.place("tokens", F.pad(texts, (0, 0, 0, rows - len(texts))).view(1, -1))
     else:
         spare = rounded(total) - total
         tokens = torch.tensor([[token for text in texts for token in text] + [0] * spare])
