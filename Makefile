@@ -11,10 +11,10 @@ POLICY     ?=
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif test align eval bench clean
+.PHONY: help setup train morlaif test quick lint align eval bench clean clean-runs
 
 help:   ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -45,8 +45,18 @@ eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --j
 bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
 	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))
 
-test: setup  ## the tests
-	$(PY) -m pytest -q tests
+test: setup  ## all tests
+	$(PY) -m pytest -q
 
-clean:  ## remove the runs and the virtual environment
-	rm -rf .venv runs .pytest_cache __pycache__ tests/__pycache__
+quick: setup  ## the tests that take a minute
+	$(PY) -m pytest -q -m "not slow"
+
+lint: setup  ## style and unused names, by ruff
+	@$(PY) -m ruff --version > /dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check ruff
+	$(PY) -m ruff check .
+
+clean:  ## remove the virtual environment and caches; trained runs stay
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+clean-runs:  ## remove everything that was trained under runs/
+	rm -rf runs

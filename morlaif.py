@@ -8,41 +8,26 @@
 
 Source: Williams 2024, arXiv 2406.07295. Everything is done anew for each seed; a killed run goes on where it stopped.
 """
-import argparse
 import itertools
-import json
 import random
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import data
+import numpy
+import torch
+
+import checkpoint
+import formats
+import ppo
+import reward
 import toy
-from data import cli
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", default="runs/morlaif", metavar="FOLDER", help="where everything is written (default runs/morlaif)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
-    add("--quick", action="store_true", help="one seed, and PPO with two scalarizations instead of seven")
-    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
-
-import numpy  # noqa: E402
-import torch  # noqa: E402
-
-import align  # noqa: E402
-import eval  # noqa: E402
-import model  # noqa: E402
-import ppo  # noqa: E402
-import reward  # noqa: E402
-import train  # noqa: E402
+import train
+from align import Writer
+from common import announce, cli, make_parser, write_jsonl
+from eval import mean_and_interval
+from feedback import embedded_labels
+from model import Config, Llama, device_named
+from report import bar_chart, html_table, write_page
 
 POLICY = dict(hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
               tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
@@ -52,21 +37,13 @@ COMMON = dict(batch=32, weight_decay=0.01, max_tokens=512, val_every=1000, save_
 SFT = train.Options(lr=6e-3, epochs=1.0, max_steps=400, val_share=0.01, **COMMON)
 PREFERENCE = train.Options(epochs=2.0, val_share=0.0, **COMMON)
 PREFERENCE_LR = {"policy": 2e-3, "small": 3e-3}
-# lam=1: in so few steps the values explain little, and a shorter horizon would then credit the last words with all.
-PPO = ppo.Options(iterations=30, rollouts=64, lr=2e-4, kl=0.05, kl_target=0, lam=1.0, save_seconds=60.0)
+# gae_lambda 1: in so few steps the values explain little; a shorter horizon would then credit the last words with all.
+PPO = ppo.Options(iterations=30, rollouts=64, lr=2e-4, kl_coef=0.05, kl_target=0.0, gae_lambda=1.0, save_seconds=60.0)
 PAIRS = {"train": 2000, "fit": 400, "test": 400}  # to train the models, to fit the weights, to measure accuracy
 QUICK_PAIRS, QUICK_ITERATIONS = {**PAIRS, "train": 1000}, 25
 ANNOTATOR = dict(temperature=0.5, position_bias=0.2, flip_rate=0.05)
-PRINCIPLES = [*toy.PRINCIPLES]
+PRINCIPLES = [*toy.WORTH]
 QUESTIONS = 300                                   # to each policy in the end
-
-
-def step(text, began=time.perf_counter()):
-    print(f"\n[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
-
-
-def with_seed(options, seed, **changes):
-    return type(options)(**{**vars(options), "seed": seed, **changes})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -81,17 +58,18 @@ def train_bases(out, seed, device):
     tokenizer = toy.train_tokenizer([row["prompt"] + row["completion"] for row in rows[:5000]])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64
     for name, sizes in (("policy", POLICY), ("small", SMALL)):
-        llama = model.Llama(model.Config(vocab_size=vocabulary, **sizes), seed).to(device)
-        options = with_seed(SFT, seed)
+        llama = Llama(Config(vocab_size=vocabulary, **sizes), seed).to(device)
+        options = replace(SFT, seed=seed)
         stage = train.prepare("sft", rows, tokenizer, llama.config, options)
         train.train(llama, tokenizer, [stage], out / name, options, resume=True)
 
 
 def answers_of(folder, prompts, seed, device):
     """One answer of a policy to each prompt, sampled at temperature 1."""
-    writer = align.Writer(folder, device)
+    writer = Writer(folder, device)
     ids = [writer.encode(prompt, PPO.max_new_tokens) for prompt in prompts]
-    texts = dict(writer.write(ids, PPO.max_new_tokens, 256, 1.0, [seed * 10**7 + i for i in range(len(ids))]))
+    seeds = [seed * 10**7 + i for i in range(len(ids))]
+    texts = dict(writer.write(ids, PPO.max_new_tokens, 256, seeds, temperature=1.0))
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -102,9 +80,9 @@ def make_pairs(out, counts, seed, device):
         rng = random.Random(f"pairs {seed}")
         prompts = [toy.question(rng)[0] for _ in range(sum(counts.values()))]
         first, second = (answers_of(out / "policy", prompts, seed * 2 + i, device) for i in range(2))
-        data.write_jsonl(path, [{"prompt": prompt, "response_a": a, "response_b": b}
-                                for prompt, a, b in zip(prompts, first, second)])
-    rows = iter([row for _, row in data.records(path)])
+        write_jsonl(path, [{"prompt": prompt, "response_a": a, "response_b": b}
+                           for prompt, a, b in zip(prompts, first, second)])
+    rows = iter([row for _, row in formats.records(path)])
     return {name: list(itertools.islice(rows, count)) for name, count in counts.items()}
 
 
@@ -121,10 +99,10 @@ def exact_pairs(names, pairs):
 def learn_preferences(out, pairs, seed, device):
     """{"same size", "small": (folder per principle, then the overall one's)}."""
     names = [*PRINCIPLES, "overall"]
-    labels = list(reward.embedded_labels(pairs["train"], names, seed, **ANNOTATOR))
-    data.write_jsonl(out / "labels.jsonl", labels)
+    labels = list(embedded_labels(pairs["train"], names, seed, **ANNOTATOR))
+    write_jsonl(out / "labels.jsonl", labels)
     return {size: reward.train_principles(out / base, labels, out / f"pms-{base}",
-                                          with_seed(PREFERENCE, seed, lr=PREFERENCE_LR[base]), device)
+                                          replace(PREFERENCE, seed=seed, lr=PREFERENCE_LR[base]), device)
             for size, base in (("same size", "policy"), ("small", "small"))}
 
 
@@ -138,7 +116,7 @@ def normalised(scores, like):
 def fitted(scores, pairs, seed):
     """Weights (K,) with which normalised score differences (K, P, 2) predict what the annotator prefers overall, by
     logistic regression, their mean size 1."""
-    labels = [row["p_a"] for row in reward.embedded_labels(pairs, ["overall"], seed, **ANNOTATOR)]
+    labels = [row["p_a"] for row in embedded_labels(pairs, ["overall"], seed, **ANNOTATOR)]
     weights = reward.fit_weights((scores[..., 0] - scores[..., 1]).T.numpy(), labels)
     return torch.tensor(weights / (abs(weights).mean() or 1.0), dtype=torch.float32)
 
@@ -148,9 +126,9 @@ def right(margins, truth):
     return [None if t == 0 else 0.5 if m == 0 else float(m * t > 0) for m, t in zip(margins.tolist(), truth.tolist())]
 
 
-def combined(scores, weights, how):
+def combined(scores, weights, scalarization):
     """Margins (P,) of the scalarized scores (K, P, 2) of two responses."""
-    rewards = reward.scalarize(scores.flatten(1), weights, how).view(-1, 2)
+    rewards = reward.scalarize(scores.flatten(1), weights, scalarization).view(-1, 2)
     return rewards[:, 0] - rewards[:, 1]
 
 
@@ -159,22 +137,22 @@ def judge_models(folders, pairs, seed, device):
     way; and joined linearly, a growing number of principles, beside exact principles. And the weights."""
     scorers = reward.Scorers(folders, device)
     truth = exact_pairs([*PRINCIPLES, "overall"], pairs["test"])
-    truth = (truth[..., 0] - truth[..., 1]).sign()
-    fit, test = (reward.score_pairs(scorers, pairs[name]) for name in ("fit", "test"))
-    margins = test[..., 0] - test[..., 1]
-    alone = {name: right(margin, t) for name, margin, t in zip(scorers.names, margins, truth)}
-    error = {name: reward.calibration(torch.sigmoid(margin[t != 0]), (t[t != 0] > 0).float())[0]
-             for name, margin, t in zip(scorers.names, margins, truth)}
+    truth = (truth[..., 0] - truth[..., 1]).sign()                                           # (K + 1, P)
+    fit, test = (reward.score_pairs(scorers, pairs[name]) for name in ("fit", "test"))       # (K + 1, P, 2)
+    alone, error = {}, {}
+    for name, margin, t in zip(scorers.names, test[..., 0] - test[..., 1], truth):
+        alone[name] = right(margin, t)
+        error[name] = reward.calibration(torch.sigmoid(margin[t != 0]), (t[t != 0] > 0).float())[0]
     correlation = reward.correlations(test[:-1].flatten(1)).tolist()
     fit, test = normalised(fit, fit)[:-1], normalised(test, fit)[:-1]
     weights = fitted(fit, pairs["fit"], seed)
-    joined = {how: right(combined(test, weights, how), truth[-1]) for how in reward.SCALARIZATIONS}
-    exact = {name: exact_pairs(PRINCIPLES, pairs[name]) for name in ("fit", "test")}
-    exact = {name: normalised(scores, exact["fit"]) for name, scores in exact.items()}
+    joined = {name: right(combined(test, weights, name), truth[-1]) for name in reward.SCALARIZATIONS}
+    exact_fit, exact_test = (exact_pairs(PRINCIPLES, pairs[name]) for name in ("fit", "test"))
+    exact_fit, exact_test = normalised(exact_fit, exact_fit), normalised(exact_test, exact_fit)
+    number = {"models": by_number(fit, test, truth[-1], pairs["fit"], seed),
+              "ceiling": by_number(exact_fit, exact_test, truth[-1], pairs["fit"], seed)}
     return {"alone": alone, "calibration": error, "correlation": correlation, "weights": weights.tolist(),
-            "joined": joined, "number": {"models": by_number(fit, test, truth[-1], pairs["fit"], seed),
-                                         "ceiling": by_number(exact["fit"], exact["test"], truth[-1], pairs["fit"],
-                                                                seed)}}
+            "joined": joined, "number": number}
 
 
 def by_number(fit, test, truth, pairs, seed, orders=10):
@@ -194,22 +172,22 @@ def by_number(fit, test, truth, pairs, seed, orders=10):
 # Policies, and who wins (figures 3 and 4)
 
 
-def train_policies(out, models, weights, hows, iterations, seed, device):
-    """PPO from the same start: on the single model (RLAIF), and on the principles' models (MORLAIF), with each of
-    `hows`; also with models several times smaller than the policy. Gives how each went."""
+def train_policies(out, models, weights, scalarizations, iterations, seed, device):
+    """PPO from the same start: on the single model (RLAIF), and on the principles' models (MORLAIF), joined in each
+    way; also with models several times smaller than the policy. Gives how each went."""
     runs = {"single": (models["same size"][-1:], [1.0], "linear"),
             "single, small": (models["small"][-1:], [1.0], "linear")}
-    runs |= {how: (models["same size"][:-1], weights["same size"], how) for how in hows}
+    runs |= {name: (models["same size"][:-1], weights["same size"], name) for name in scalarizations}
     runs["linear, small"] = (models["small"][:-1], weights["small"], "linear")
     rng = random.Random(f"ppo {seed}")
     prompts = [toy.question(rng)[0] for _ in range(2000)]
-    course = {}
-    for name, (folders, weight, how) in runs.items():
+    options, course = replace(PPO, seed=seed, iterations=iterations), {}
+    for name, (folders, weight, scalarization) in runs.items():
         folder = out / "policies" / name.replace(", ", "-")
-        policy = model.Llama.from_pretrained(out / "policy", device=device)
-        tokenizer = model.load_tokenizer(out / "policy", policy)
-        rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, how, folder,
-                           with_seed(PPO, seed, iterations=iterations), resume=True)
+        policy = checkpoint.load(out / "policy", device=device)
+        tokenizer = checkpoint.load_tokenizer(out / "policy", policy)
+        rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, scalarization, folder,
+                           options, resume=True)
         course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows]}
     return course
 
@@ -222,14 +200,14 @@ def judge_policies(out, course, weights, seed, device):
     answers = {name: answers_of(folder, prompts, seed, device) for name, folder in folders.items()}
     scorer = ppo.ExactScorer([*PRINCIPLES, "overall"])
     scores = {name: scorer.score(prompts, texts) for name, texts in answers.items()}
-    data.write_jsonl(out / "answers.jsonl", [{"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
-                                             for i, prompt in enumerate(prompts)])
+    write_jsonl(out / "answers.jsonl", [{"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
+                                        for i, prompt in enumerate(prompts)])
     overall = {name: found[-1] for name, found in scores.items()}
     wins = {first: {second: ((overall[first] - overall[second]).sign() / 2 + 0.5).tolist() for second in overall}
             for first in overall}
+    words = {name: [len(text.split()) for text in texts] for name, texts in answers.items()}
     return {"prompts": prompts, "scores": {name: found.tolist() for name, found in scores.items()}, "wins": wins,
-            "scalarized": scalarized(scores, weights), "words": {name: [len(text.split()) for text in texts]
-                                                                 for name, texts in answers.items()}}
+            "scalarized": scalarized(scores, weights), "words": words}
 
 
 def scalarized(scores, weights):
@@ -237,42 +215,38 @@ def scalarized(scores, weights):
     policy's answers and of its own."""
     found = {}
     for name in scores:
-        how, small = name.split(",")[0], name.endswith("small")
-        if how in reward.SCALARIZATIONS:
-            joined = [reward.scalarize(normalised(scores[which][:-1], scores["start"][:-1]),
-                                       weights["small" if small else "same size"], how).tolist()
-                      for which in ("start", name)]
-        elif how == "single":
-            joined = [scores[which][-1].tolist() for which in ("start", name)]
-        else:
-            continue
-        found[name] = joined
+        scalarization, size = name.split(",")[0], "small" if name.endswith("small") else "same size"
+        if scalarization in reward.SCALARIZATIONS:
+            found[name] = [reward.scalarize(normalised(scores[which][:-1], scores["start"][:-1]), weights[size],
+                                            scalarization).tolist() for which in ("start", name)]
+        elif scalarization == "single":
+            found[name] = [scores[which][-1].tolist() for which in ("start", name)]
     return found
 
 
 def run_seed(out, seed, quick, device):
     """All that one seed gives, as written to OUT/results.json."""
-    hows = ["linear", "worst_case"] if quick else [*reward.SCALARIZATIONS]
+    scalarizations = ["linear", "worst_case"] if quick else [*reward.SCALARIZATIONS]
     counts, iterations = (QUICK_PAIRS, QUICK_ITERATIONS) if quick else (PAIRS, PPO.iterations)
     path = out / "results.json"
     if path.exists():
-        return data.read_json(path)
-    step(f"seed {seed}: a policy learns to answer")
+        return formats.read_json(path)
+    announce(f"seed {seed}: a policy learns to answer")
     train_bases(out, seed, device)
-    step(f"seed {seed}: it answers twice, and an annotator compares")
+    announce(f"seed {seed}: it answers twice, and an annotator compares")
     pairs = make_pairs(out, counts, seed, device)
-    step(f"seed {seed}: preference models learn")
+    announce(f"seed {seed}: preference models learn")
     models = learn_preferences(out, pairs, seed, device)
-    step(f"seed {seed}: how accurate they are")
+    announce(f"seed {seed}: how accurate they are")
     judged = {size: judge_models(folders, pairs, seed, device) for size, folders in models.items()}
     weights = {size: found["weights"] for size, found in judged.items()}
-    step(f"seed {seed}: policies learn from them")
-    course = train_policies(out, models, weights, hows, iterations, seed, device)
-    step(f"seed {seed}: exact judges compare")
+    announce(f"seed {seed}: policies learn from them")
+    course = train_policies(out, models, weights, scalarizations, iterations, seed, device)
+    announce(f"seed {seed}: exact judges compare")
     result = {"seed": seed, "test": [row["prompt"] for row in pairs["test"]], "models": judged, "course": course,
               "policies": judge_policies(out, course, weights, seed, device)}
-    data.write_jsonl(path, [result])
-    return data.read_json(path)
+    write_jsonl(path, [result])
+    return formats.read_json(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -288,14 +262,14 @@ class Found:
 
     def rate(self, of, prompts):
         """(percent, interval, [each seed's]) of the values `of(result)`, one per prompt of `prompts(result)`."""
-        values, units, each = [], [], []
+        values, groups, each = [], [], []
         for result in self.results:
             known = [(value, f"{result['seed']} {prompt}") for value, prompt in zip(of(result), prompts(result))
                      if value is not None]
             values += [value for value, _ in known]
-            units += [({"prompt": prompt}, None, None) for _, prompt in known]
+            groups += [prompt for _, prompt in known]
             each.append(100 * sum(value for value, _ in known) / max(1, len(known)))
-        percent, interval = eval.mean_and_interval(numpy.array(values), units, 0)
+        percent, interval = mean_and_interval(values, groups, 0)
         return percent, interval, each
 
     def chart(self, title, rows, low=0.0, high=100.0):
@@ -307,16 +281,16 @@ class Found:
         middle = (low + high) / 2
         lines = [(label, [(middle, percent, "after")], interval, reward.with_interval(percent, interval))
                  for label, (percent, interval, _) in rows if percent is not None]
-        self.parts.append(f"<h2>{title}</h2><div class=\"card\">{eval.bar_chart(lines, low, high, title)}</div>")
+        self.parts.append(f"<h2>{title}</h2><div class=\"card\">{bar_chart(lines, low, high, title)}</div>")
 
     def table(self, title, head, rows):
         print(f"\n{title}")
         for cells in [("", *head), *rows]:
             print("  " + f"{cells[0]:22}" + "".join(f"{cell:>11.10}" for cell in cells[1:]))
-        self.parts.append(f"<h2>{title}</h2>" + eval.html_table(["", *head], rows))
+        self.parts.append(f"<h2>{title}</h2>" + html_table(["", *head], rows))
 
 
-def held_out(result):
+def test_prompts(result):
     return result["test"]
 
 
@@ -324,37 +298,37 @@ def questions(result):
     return result["policies"]["prompts"]
 
 
-def report(out, results):
+def tell_all(out, results):
     """Print and draw all that was found."""
     found = Found(results)
     noise = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ANNOTATOR.items())
     print(f"annotator: {noise}; {len(results)} seeds; intervals: 95 %, bootstrap over prompts")
     sizes = list(results[0]["models"])
     for size in sizes:
-        report_models(found, size)
+        tell_models(found, size)
     found.table("Calibration: how far the models' probabilities are off (expected calibration error, in points)", sizes,
                 [(name, *(calibration_error(results, size, name) for size in sizes))
                  for name in [*PRINCIPLES, "overall"]])
-    report_policies(found, results[0]["course"])
-    report_principles(found)
-    eval.write_page(out / "report.html", "nanoalign: MORLAIF", found.parts)
+    tell_policies(found, results[0]["course"])
+    tell_principles(found)
+    write_page(out / "report.html", "nanoalign: MORLAIF", found.parts)
     print(f"\nwrote {out / 'report.html'} and a results.json for each seed")
 
 
-def report_models(found, size):
+def tell_models(found, size):
     def alone(name):
-        return found.rate(lambda r: r["models"][size]["alone"][name], held_out)
+        return found.rate(lambda r: r["models"][size]["alone"][name], test_prompts)
 
-    def joined(how):
-        return found.rate(lambda r: r["models"][size]["joined"][how], held_out)
+    def joined(name):
+        return found.rate(lambda r: r["models"][size]["joined"][name], test_prompts)
     single = ("the single model, overall", alone("overall"))
     found.chart(f"Fig. 2a: accuracy of preference models alone, in % ({size})",
                 [(name, alone(name)) for name in PRINCIPLES] + [single])
     found.chart(f"Fig. 2b: overall preference predicted by the twelve joined, in % ({size})",
-                [(how, joined(how)) for how in reward.SCALARIZATIONS] + [single])
+                [(name, joined(name)) for name in reward.SCALARIZATIONS] + [single])
 
 
-def report_policies(found, course):
+def tell_policies(found, course):
     def better(name):
         return found.rate(lambda r: [0.5 + 0.5 * ((after > before) - (after < before))
                                      for before, after in zip(*r["policies"]["scalarized"][name])], questions)
@@ -363,26 +337,26 @@ def report_policies(found, course):
         return found.rate(lambda r: r["policies"]["wins"][first][second], questions)
     found.chart("The exact score on the scalarized objective: share of questions answered better than by the start",
                 [(name, better(name)) for name in course])
-    print_course(found.results)
-    hows = [how for how in course if how in reward.SCALARIZATIONS]
-    pairs = [(name, "start") for name in course] + [(how, "single") for how in hows]
+    tell_course(found.results)
+    joined = [name for name in course if name in reward.SCALARIZATIONS]
+    pairs = [(name, "start") for name in course] + [(name, "single") for name in joined]
     pairs += [("linear, small", "single"), ("linear, small", "single, small")]
     found.chart("Fig. 3: win rate on the exact overall preference, in %",
                 [(f"{first} over {second}", wins(first, second)) for first, second in pairs])
-    found.table("Fig. 4: win rate of row over column, in %", hows,
-                [(a, *("-" if a == b else f"{wins(a, b)[0]:.1f}" for b in hows)) for a in hows])
+    found.table("Fig. 4: win rate of row over column, in %", joined,
+                [(a, *("-" if a == b else f"{wins(a, b)[0]:.1f}" for b in joined)) for a in joined])
 
 
-def report_principles(found):
+def tell_principles(found):
+    def accuracy(kind, count):
+        return found.rate(lambda r: r["models"]["same size"]["number"][kind][count], test_prompts)
     models = [result["models"]["same size"] for result in found.results]
     correlation = numpy.mean([each["correlation"] for each in models], axis=0)
     found.table("Fig. 5: correlations between the principles' models", PRINCIPLES,
                 [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(PRINCIPLES, correlation)])
     for kind, counts in models[0]["number"].items():
         found.chart(f"Fig. 5: accuracy against the number of principles, in % ({kind})",
-                    [(f"{count} principles",
-                      found.rate(lambda r: r["models"]["same size"]["number"][kind][count], held_out))
-                     for count in counts])
+                    [(f"{count} principles", accuracy(kind, count)) for count in counts])
 
 
 def calibration_error(results, size, name):
@@ -391,7 +365,7 @@ def calibration_error(results, size, name):
     return "-" if None in errors else f"{100 * numpy.mean(errors):.1f}"
 
 
-def print_course(results):
+def tell_course(results):
     """How far each policy went: divergence from the start, exact overall score and length, means over seeds."""
     print(f"\n  {'policy':22}{'KL, nats':>10}{'most':>8}{'overall before':>16}{'after':>8}{'words':>14}")
     for name in results[0]["course"]:
@@ -403,14 +377,24 @@ def print_course(results):
               f"{words[0]:8.1f} -> {words[1]:.1f}")
 
 
+def arguments(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="runs/morlaif", metavar="FOLDER", help="where everything is written (default runs/morlaif)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    add("--quick", action="store_true", help="one seed, and PPO with two scalarizations instead of seven")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser.parse_args(argv)
+
+
 def main():
     args = arguments()
-    device = train.device_named(args.device)
+    device = device_named(args.device)
     out = Path(args.out) / "quick" if args.quick else Path(args.out)
     results = [run_seed(out / f"seed-{seed}", seed, args.quick, device)
                for seed in (args.seeds[:1] if args.quick else args.seeds)]
-    step("what was found")
-    report(out, results)
+    announce("what was found")
+    tell_all(out, results)
 
 
 if __name__ == "__main__":

@@ -1,135 +1,83 @@
 """Reinforcement learning from preference models: PPO as it is used on language models (RLHF), in one loop.
 
-Each iteration, the policy answers a batch of prompts, and preference models score the answers, one principle each. A
-few epochs of PPO (Schulman et al., arXiv 1707.06347) then make those answers more likely whose scalarized score is
-high, less what they cost in divergence from the policy at the start, the reference. `improve` does this, and reads
-from top to bottom; the functions below it are what it computes with, in the order of their use.
-
-What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one.
-"""
-import argparse
-import copy
-import math
-import os
-import zlib
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-import data
-from data import UserError, cli
-
-EPILOG = """examples:
+examples:
   python ppo.py --model policy --data prompts.jsonl --reward pms/helpfulness pms/toxicity --weights 1 0.5 --out better
   python ppo.py --model policy --data prompts.jsonl --reward toy:helpfulness --out better --lr 1e-4
 
 A reward is the folder of a preference model, or toy:NAME, an exact scorer of the embedded world. Their scores are
-normalised, so that the reference's answers have mean 0 and deviation 1 on each, before --how makes one of them:
-linear, worst_case, soft_max_min, uncertainty_weighted, lower_quantile, median or bernoulli_nash (see reward.py).
-Every run writes OUT/metrics.jsonl, a row per iteration."""
+normalised, so that the reference's responses have mean 0 and deviation 1 on each, before --scalarization makes one
+reward of them (see reward.py). Every run writes OUT/metrics.jsonl, a row per iteration, and goes on with --resume after
+a kill.
+"""
+# Each iteration, the policy responds to a batch of prompts, and preference models score the responses, one principle
+# each. A few epochs of PPO (Schulman et al., arXiv 1707.06347) then make those responses more likely whose scalarized
+# score is high, less what they cost in divergence from the policy at the start, the reference. `improve` does this, and
+# reads from top to bottom; the functions below it are what it computes with, in the order of their use.
+#
+# What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one.
+#
+# Shapes: N responses of an iteration, T actions (tokens) of the longest of them, K principles.
+import copy
+import math
+import time
+import zlib
+from array import array
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
+from torch import nn
+from tqdm import tqdm
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Train a policy by PPO on the scores of preference models.",
-                                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="the policy to start from, and to stay near to")
-    add("--data", required=True, nargs="+", metavar="FILE", help="prompts, in any form that data.py reads")
-    add("--reward", required=True, nargs="+", metavar="R", help="folders of preference models, or toy:NAME")
-    add("--weights", nargs="+", metavar="W", help="one per reward, or a JSON file {name: weight} (default: 1 each)")
-    add("--how", default="linear", metavar="NAME", help="how several rewards become one, see below (default linear)")
-    add("--out", required=True, metavar="FOLDER", help="where the policy and the metrics go")
-    add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
-    defaults = Options()
-    for name, kind, _, text in OPTION_HELP:
-        flag, default = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if kind is bool:
-            add(flag, action=argparse.BooleanOptionalAction, default=default, help=f"{text} (default {default})")
-        else:
-            add(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} (default {default})",
-                choices=["auto", "bf16", "fp32"] if kind is str else None)
-    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    args = parser.parse_args(argv)
-    for name, _, span, _ in OPTION_HELP:
-        value = getattr(args, name)
-        if span and not span[0] <= value <= span[1]:
-            parser.error(f"--{name.replace('_', '-')} is {value}, but must be from {span[0]} to {span[1]}")
-    return args
+import checkpoint
+import data
+import formats
+import losses
+import reward
+import toy
+import train
+from common import (UserError, add_options, cli, digest, lasting, make_parser, option, read_options, seed_from,
+                    write_text)
+from generate import generate
+from model import Packed, chosen_logprobs, device_named, token_logprobs
+from resume import Run, read_metrics
 
 
 @dataclass
 class Options:
-    """How to train. The defaults are MORLAIF's (arXiv 2406.07295), but for the value coefficient, which is TRL's."""
-    iterations: int = 100
-    rollouts: int = 128
-    minibatch: int = 32
-    epochs: int = 4
-    max_new_tokens: int = 128
-    reference_count: int = 256
-    lr: float = 4e-6
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    grad_clip: float = 1.0
-    kl: float = 0.05
-    kl_target: float = 6.0
-    kl_horizon: int = 10000
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_coefficient: float = 0.1
-    centre: bool = True
-    whiten: bool = True
-    scale_reward: bool = True
-    unfinished_penalty: float = 1.0
-    lora_rank: int = 0
-    bf16_moments: bool = False
-    micro_tokens: int = 16384
-    precision: str = "auto"
-    seed: int = 0
-    save_seconds: float = 300.0
+    """How to train. The defaults are MORLAIF's (arXiv 2406.07295), but for vf_coef, which is TRL's."""
+    iterations: int = option(100, "rounds of answering and learning", 1, 10**9)
+    rollouts: int = option(128, "responses per iteration", 1, 10**6)
+    minibatch: int = option(32, "responses per optimizer step", 1, 10**6)
+    update_epochs: int = option(4, "passes over an iteration's responses", 1, 1000)
+    max_new_tokens: int = option(128, "longest response", 1, 10**6)
+    reference_count: int = option(256, "the reference's responses to normalise scores on; 0: take scores as they are",
+                                  0, 10**6)
+    lr: float = option(4e-6, "highest learning rate", 0, 10)
+    weight_decay: float = option(0.0, "AdamW's, on matrices only", 0, 10)
+    warmup: float = option(0.05, "share of the iterations in which the rate rises; a cosine to zero follows", 0, 1)
+    max_grad_norm: float = option(1.0, "longer gradients are cut to this", 1e-9, 1e9)
+    kl_coef: float = option(0.05, "reward lost per nat of divergence from the reference, at first", 0, 1e6)
+    kl_target: float = option(6.0, "kl_coef is steered towards so many nats per response; 0: it stays as it is", 0, 1e6)
+    kl_horizon: int = option(10000, "the more responses this is, the slower it is steered", 1, 10**12)
+    gamma: float = option(1.0, "discount per token", 0, 1)
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", 0, 1)
+    clip_coef: float = option(0.2, "largest change of a token's probability ratio, or of a value, to learn from",
+                              1e-9, 1e9)
+    vf_coef: float = option(0.1, "weight of the value's loss beside the policy's", 0, 1e6)
+    centre: bool = option(True, "subtract an iteration's mean reward, so that while values are yet to be learned "
+                          "nothing is gained by ending sooner or later")
+    norm_adv: bool = option(True, "give an iteration's advantages mean 0 and deviation 1")
+    scale_reward: bool = option(True, "divide rewards by their running deviation, and cut them at +-10")
+    unfinished_penalty: float = option(1.0, "subtracted from the reward of a response that does not end", 0, 1e6)
+    lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
+    bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
+    micro_tokens: int = option(16384, "tokens per forward pass; lower it when memory runs out", 1, 10**9, free=True)
+    precision: str = option("auto", "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it",
+                            choices=["auto", "bf16", "fp32"])
+    seed: int = option(0, "of prompts, sampling and minibatches", 0, 2**60)
+    save_seconds: float = option(300.0, "seconds between saved states", 0, 1e9, free=True)
 
-
-OPTION_HELP = [  # name, type, what is refused at once, help
-    ("iterations", int, (1, 10**9), "rounds of answering and learning"),
-    ("rollouts", int, (1, 10**6), "answers per iteration"),
-    ("minibatch", int, (1, 10**6), "answers per optimizer step"),
-    ("epochs", int, (1, 1000), "passes over an iteration's answers"),
-    ("max_new_tokens", int, (1, 10**6), "longest answer"),
-    ("reference_count", int, (0, 10**6), "the reference's answers to normalise scores on; 0: take them as they are"),
-    ("lr", float, (0, 10), "highest learning rate"), ("weight_decay", float, (0, 10), "AdamW's, on matrices only"),
-    ("warmup", float, (0, 1), "share of the iterations in which the rate rises; a cosine to zero follows"),
-    ("grad_clip", float, (1e-9, 1e9), "largest gradient norm"),
-    ("kl", float, (0, 1e6), "reward lost per nat of divergence from the reference, at first"),
-    ("kl_target", float, (0, 1e6), "nats per answer that the coefficient is steered to; 0: it stays as it is"),
-    ("kl_horizon", int, (1, 10**12), "the more answers this is, the slower it is steered"),
-    ("gamma", float, (0, 1), "discount per token"), ("lam", float, (0, 1), "lambda of generalised advantages"),
-    ("clip", float, (1e-9, 1e9), "largest change of a token's probability ratio, or of a value, to learn from"),
-    ("value_coefficient", float, (0, 1e6), "weight of the value's loss beside the policy's"),
-    ("centre", bool, None, "subtract an iteration's mean reward, so that while values are yet to be learned nothing is "
-     "gained by ending sooner or later"),
-    ("whiten", bool, None, "give an iteration's advantages mean 0 and deviation 1"),
-    ("scale_reward", bool, None, "divide rewards by their running deviation, and cut them at +-10"),
-    ("unfinished_penalty", float, (0, 1e6), "subtracted from the reward of an answer that does not end"),
-    ("lora_rank", int, (0, 10**6), "train low-rank adapters of this rank, the rest frozen; 0: train everything"),
-    ("bf16_moments", bool, None, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight"),
-    ("micro_tokens", int, (1, 10**9), "tokens per forward pass; lower it when memory runs out"),
-    ("precision", str, None, "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it"),
-    ("seed", int, (0, 2**60), "of prompts, sampling and minibatches"),
-    ("save_seconds", float, (0, 1e9), "seconds between saved states"),
-]
-
-if __name__ == "__main__":
-    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
-
-import time  # noqa: E402
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import model  # noqa: E402
-import reward  # noqa: E402
-import toy  # noqa: E402
-import train  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
 # Rewards: anything with .names [K] and .score(prompts, responses), which gives (K, N) in fp32
@@ -176,15 +124,15 @@ def read_weights(words, names):
     if not words:
         return [1.0] * len(names)
     if len(words) == 1 and words[0].endswith(".json"):
-        content = data.read_json(words[0])
+        content = formats.read_json(words[0])
         missing = [name for name in names if not isinstance(content, dict) or name not in content]
         if missing:
             raise UserError(f"{words[0]}: no weight for {', '.join(missing)}; give {{name: weight}} for every reward")
         words = [content[name] for name in names]
     try:
         weights = [float(word) for word in words]
-    except (TypeError, ValueError):
-        raise UserError(f"--weights: {words} are not all numbers; give numbers, or one .json file")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--weights: {words} are not all numbers; give numbers, or one .json file") from error
     if len(weights) != len(names):
         raise UserError(f"--weights: {len(weights)} for {len(names)} rewards ({', '.join(names)}); give one for each")
     if not all(map(math.isfinite, weights)):
@@ -199,96 +147,120 @@ def read_weights(words, names):
 @dataclass
 class Course:
     """What a run carries from one iteration to the next, besides weights and optimizer."""
-    kl: float                                       # the coefficient
+    kl_coef: float
+    mean: list                                                     # [K], of the scores of the reference's responses
+    std: list                                                      # [K]
+    running: list = field(default_factory=lambda: [0, 0.0, 0.0])   # of all rewards so far: see `scaled`
     iteration: int = 0
-    mean: list = field(default_factory=list)        # of each principle's scores for the reference's answers
-    std: list = field(default_factory=list)
-    rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # how many so far, their mean, squares about it
-    tokens: int = 0                                 # of answers
+    tokens: int = 0                                                # of responses
     seconds: float = 0.0
 
 
-def improve(policy, tokenizer, prompts, rewards, weights, how, out, options, resume=False, progress=True):
-    """Train policy, in place, to answer prompts (texts) so that rewards score it higher; save it in the folder out.
+def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, options, resume=False, progress=True):
+    """Train policy, in place, to respond to prompts (texts) so that rewards score it higher; save it in the folder out.
 
-    rewards: has .names [K] and .score(prompts, responses) -> (K, N); reward.scalarize makes N rewards of these with
-    weights [K] and how. out/metrics.jsonl gets a row per iteration, out/state.pt the state from which a call with
-    resume, and the same policy as at the start, goes on. Gives the rows of metrics."""
-    out, device = Path(out), policy.device
-    out.mkdir(parents=True, exist_ok=True)
-    plan = {"prompts": zlib.crc32(repr(prompts).encode("utf-8", "replace")), "rewards": list(rewards.names),
-            "weights": [float(weight) for weight in weights], "how": how, "policy": fingerprint(policy)}
-    state = load_state(out, plan, options, device) if resume else None
-    if state == "finished":
+    rewards: has .names [K] and .score(prompts, responses) -> (K, N), of which reward.scalarize makes (N,) with weights
+    [K]. out/metrics.jsonl gets a row per iteration, out/state.pt the state from which a call with resume, and the same
+    policy as at the start, goes on. Gives the rows of metrics."""
+    encoded = encode_prompts(tokenizer, prompts, policy.config, options)
+    run = Run(out, settings_of(policy, prompts, rewards, weights, scalarization, options), resume)
+    if run.finished:
         print(f"{out}: finished already")
-        return train.read_metrics(out)
-    encoded = encode(tokenizer, prompts, policy.config, options)
-    frozen = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}  # LoRA's base: once
-    reference = copy.deepcopy(policy, frozen).requires_grad_(False)
-    agent = nn.ModuleDict({"policy": policy, "value": value_head(policy)})
+        return read_metrics(out)
+    reference, agent = frozen_copy(policy), Agent(policy)
     optimizer = train.make_optimizer(agent, options)
-    if state:
-        agent.load_state_dict(state["agent"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        course = Course(**state["course"])
+    if run.state:
+        agent.load_state_dict(run.state.pop("agent"), strict=False)  # with LoRA, it holds the adapters alone
+        optimizer.load_state_dict(run.state.pop("optimizer"))
+        course = Course(**run.state["course"])
     else:
-        course = Course(options.kl, 0, *normalisation(reference, tokenizer, encoded, rewards, options))
-        train.forget(out)
-    metrics = train.open_metrics(out, state["metrics_bytes"] if state else 0)
+        course = Course(options.kl_coef, *normalisation(reference, tokenizer, encoded, rewards, options))
     began, saved = time.perf_counter() - course.seconds, time.perf_counter()
-    with tqdm(total=options.iterations, initial=course.iteration, desc=out.name, disable=not progress) as bar:
+    with tqdm(total=options.iterations, initial=course.iteration, desc=run.out.name, disable=not progress) as bar:
         for iteration in range(course.iteration, options.iterations):
-            # Answer, score
-            chosen = prompts_of(encoded, iteration, options.rollouts, options)
-            rollouts = answer(policy, tokenizer, chosen, iteration, options)
-            scores = score(rewards, rollouts)                                        # (K, N)
-            normalised = (scores - torch.tensor(course.mean)[:, None]) / torch.tensor(course.std)[:, None]
-            scalar = reward.scalarize(normalised, weights, how)                      # (N,)
-            unfinished = torch.tensor([not rollout.finished for rollout in rollouts])
-            final = scalar - options.unfinished_penalty * unfinished
-            if options.centre:
-                final = final - final.mean()
-            if options.scale_reward:
-                final = scaled(final, course.rewards)
-            # Credit each token with what follows from it
-            (old, values, expected), mask = measure(agent, reference, rollouts, options)  # (B, T) each
-            divergence = old - expected
-            given = -course.kl * divergence
-            ends = mask.sum(1) - 1
-            given[torch.arange(len(ends), device=device), ends] += final.to(device)
-            advantages, returns = gae(given, values, options.gamma, options.lam, mask)
-            if options.whiten:
-                advantages[mask] = whiten(advantages[mask])
-            # Learn
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(iteration, options.iterations, options)
-            learned = learn(agent, optimizer, rollouts, (old, values, advantages, returns), mask, iteration, options)
-            # Report
-            kl, lengths = float(divergence.sum(1).mean()), mask.sum(1)
-            course.tokens += int(lengths.sum())
+            # The policy responds, and its responses are scored
+            chosen = train.draw(encoded, iteration, options.rollouts, (options.seed, 0))
+            rollouts = sample_rollouts(policy, tokenizer, chosen, iteration, options)
+            scores = score_rollouts(rewards, rollouts)                                       # (K, N)
+            scalarized = reward.scalarize(normalised(scores, course.mean, course.std), weights, scalarization)
+            unfinished = torch.tensor([not rollout.finished for rollout in rollouts])        # (N,)
+            final = final_rewards(scalarized, unfinished, course.running, options)           # (N,)
+            # Each token is credited with what follows from it
+            logprobs, ref_logprobs, values, mask = evaluate_rollouts(agent, reference, rollouts, options)  # (N, T) each
+            earned = token_rewards(final, logprobs - ref_logprobs, mask, course.kl_coef)
+            advantages, returns = gae(earned, values, options.gamma, options.gae_lambda, mask)
+            if options.norm_adv:
+                advantages[mask] = standardised(advantages[mask])
+            # The policy learns
+            known = torch.stack((logprobs, values, advantages, returns))                     # (4, N, T)
+            learned = learn(agent, optimizer, rollouts, known, mask, iteration, options)
+            # What came of it
+            kl = float((logprobs - ref_logprobs).sum(1).mean())
+            course.tokens += int(mask.sum())
             course.iteration, course.seconds = iteration + 1, round(time.perf_counter() - began, 3)
-            row = {"iteration": iteration + 1, "reward": float(scalar.mean()),
-                   "score": dict(zip(rewards.names, scores.mean(1).tolist())), "kl": kl, "kl_coefficient": course.kl,
-                   "entropy": -float(old[mask].mean()), **learned,
-                   "value_explained_variance": explained(values[mask], returns[mask]),
-                   "length": float(lengths.float().mean()), "unfinished": float(unfinished.float().mean()),
+            row = {"iteration": iteration + 1, "reward": float(scalarized.mean()),
+                   "score": dict(zip(rewards.names, scores.mean(1).tolist())), "kl": kl, "kl_coef": course.kl_coef,
+                   "entropy": -float(logprobs[mask].mean()), **learned,
+                   "explained_variance": explained_variance(values[mask], returns[mask]),
+                   "length": float(mask.sum(1).float().mean()), "unfinished": float(unfinished.float().mean()),
                    "tokens": course.tokens, "seconds": course.seconds}
             if not all(math.isfinite(row[name]) for name in ("kl", "policy_loss", "value_loss", "grad_norm")):
-                raise UserError(f"{out}: iteration {iteration + 1} gives no finite loss; lower --lr or raise --kl")
-            train.write_row(metrics, row)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, length {row['length']:.0f}, "
-                                f"{train.memory(device)}")
+                raise UserError(f"{out}: iteration {iteration + 1} gives no finite loss; lower --lr or raise --kl-coef")
+            run.write(row)
+            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, {train.memory(policy.device)}")
             bar.update()
-            course.kl = adapted(course.kl, kl, len(rollouts), options)
+            course.kl_coef = steered(course.kl_coef, kl, len(rollouts), options)
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
-                save_state(out, agent, optimizer, course, plan, metrics, options)
+                run.save(agent=train.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
                 saved = time.perf_counter()
-    metrics.close()
-    data.write_whole(out / "tokenizer.json", lambda path: Path(path).write_text(tokenizer.to_str(), encoding="utf-8"))
-    policy.save_pretrained(out)
-    for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
-        (out / name).unlink(missing_ok=True)
-    return train.read_metrics(out)
+    write_text(run.out / "tokenizer.json", tokenizer.to_str())
+    checkpoint.save(policy, out)
+    return run.finish()
+
+
+def settings_of(policy, prompts, rewards, weights, scalarization, options):
+    """All that decides what a run makes."""
+    return {**lasting(options), "prompts": digest(prompts), "rewards": list(rewards.names),
+            "weights": list(map(float, weights)), "scalarization": scalarization, "policy": fingerprint(policy)}
+
+
+def fingerprint(policy):
+    """A checksum of the weights that a run starts from."""
+    checksum = 0
+    for parameter in policy.parameters():
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        checksum = zlib.crc32(content.numpy(), checksum)
+    return checksum
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The policies
+
+
+class Agent(nn.Module):
+    """A policy, and a head beside it that reads the value of a state from its hidden state (D,): 0 until it is
+    trained."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+        self.value = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def logprobs_and_values(self, batch):
+        """Of a Batch's actions (its targets), (actions,) each in fp32. A value is that of the state in which the action
+        was chosen: it is read at the token before."""
+        hidden = self.policy(batch.tokens[None], Packed(batch.lengths, batch.tokens.device))[0]      # (tokens, D)
+        logprobs = chosen_logprobs(self.policy, hidden, batch.tokens, batch.targets)
+        states = hidden[batch.targets - 1].float()
+        return logprobs, (states * self.value.weight).sum(-1) + self.value.bias  # autocast would round a matrix product
+
+
+def frozen_copy(policy):
+    """The reference: the policy as it is now. What LoRA leaves as it is, the two share."""
+    shared = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -297,50 +269,46 @@ def improve(policy, tokenizer, prompts, rewards, weights, how, out, options, res
 
 @dataclass
 class Rollout:
-    """An answer of the policy: ids[n_prompt:] are its actions, the stop token that ends it one of them."""
+    """A response of the policy: document.ids[document.start:] are its actions, the stop token that ends it one of
+    them."""
     prompt: str
-    text: str
-    ids: list
-    n_prompt: int
+    response: str
+    document: data.Document
     finished: bool
 
 
-def encode(tokenizer, prompts, config, options):
-    """[(prompt, ids)] of the prompts that leave room for an answer in the model's context; says how many do not."""
+def encode_prompts(tokenizer, prompts, config, options):
+    """[(prompt, ids)] of the prompts that leave room for a response in the model's context; says how many do not."""
     room = config.max_position_embeddings - options.max_new_tokens
     encoded = [(prompt, data.encode_prompt(tokenizer, prompt, config.bos_token_id, room)) for prompt in prompts]
     kept = [(prompt, ids) for prompt, ids in encoded if ids]
     if len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: empty, or too long for an answer of "
+        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: empty, or too long for a response of "
               f"{options.max_new_tokens} tokens in a context of {config.max_position_embeddings}")
     if not kept:
         raise UserError(f"none of {len(prompts)} prompts to train on; check --data, or lower --max-new-tokens")
     return kept
 
 
-def prompts_of(encoded, step, count, options):
-    """The prompts of an iteration: every one once, in a random order, before any comes again."""
-    return train.examples_of(train.Stage("ppo", encoded), step, train.Options(batch=count, seed=options.seed))
-
-
-def answer(policy, tokenizer, prompts, iteration, options):
-    """The policy's answers to prompts [(text, ids)], sampled at temperature 1, as Rollouts, the shortest first."""
+def sample_rollouts(policy, tokenizer, prompts, iteration, options):
+    """The policy's responses to prompts [(text, ids)], sampled at temperature 1, as Rollouts, the shortest first."""
     stop = policy.config.stop_ids
-    seeds = [hash((options.seed, iteration, i)) % 2**63 for i in range(len(prompts))]
+    seeds = [seed_from(options.seed, iteration, i) for i in range(len(prompts))]
     with train.autocast(policy.device, options):
-        written = model.generate(policy, [ids for _, ids in prompts], options.max_new_tokens, temperature=1.0,
-                                 stop_ids=stop, seed=seeds)
+        written = generate(policy, [ids for _, ids in prompts], options.max_new_tokens, temperature=1.0, stop_ids=stop,
+                           seed=seeds)
     rollouts = []
     for (prompt, ids), new in zip(prompts, written):
         finished = len(new) < options.max_new_tokens
         actions = [*new, stop[0]] if finished else new
-        rollouts.append(Rollout(prompt, tokenizer.decode(new).strip(), [*ids, *actions], len(ids), finished))
-    return sorted(rollouts, key=lambda rollout: len(rollout.ids))
+        document = data.Document(array("i", [*ids, *actions]), len(ids))
+        rollouts.append(Rollout(prompt, tokenizer.decode(new).strip(), document, finished))
+    return sorted(rollouts, key=lambda rollout: len(rollout.document.ids))
 
 
-def score(rewards, rollouts):
-    """What rewards give the answers: (K, N)."""
-    scores = rewards.score([rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
+def score_rollouts(rewards, rollouts):
+    """What rewards give the responses: (K, N)."""
+    scores = rewards.score([rollout.prompt for rollout in rollouts], [rollout.response for rollout in rollouts])
     if not scores.isfinite().all():
         bad = [name for name, row in zip(rewards.names, scores) if not row.isfinite().all()]
         raise UserError(f"the reward {', '.join(bad)} gives scores that are not finite; train it again")
@@ -348,12 +316,11 @@ def score(rewards, rollouts):
 
 
 def normalisation(reference, tokenizer, encoded, rewards, options):
-    """(means [K], deviations [K]) of the scores of the reference's answers; a principle that scores all alike: 1."""
-    scores = []
+    """(means [K], deviations [K]) of the scores of the reference's responses; a principle that scores all alike: 1."""
+    scores, prompts = [], train.draw(encoded, 0, options.reference_count, (options.seed, 0))
     for start in range(0, options.reference_count, options.rollouts):
-        count = min(options.rollouts, options.reference_count - start)
-        chosen = prompts_of(encoded, 0, options.reference_count, options)[start:start + count]
-        scores.append(score(rewards, answer(reference, tokenizer, chosen, -2 - start, options)))
+        chosen = prompts[start:start + options.rollouts]
+        scores.append(score_rollouts(rewards, sample_rollouts(reference, tokenizer, chosen, -2 - start, options)))
     if not scores:
         return [0.0] * len(rewards.names), [1.0] * len(rewards.names)
     scores = torch.cat(scores, 1)
@@ -361,48 +328,44 @@ def normalisation(reference, tokenizer, encoded, rewards, options):
     return scores.mean(1).tolist(), torch.where(std > 0, std, 1).tolist()
 
 
-def value_head(policy):
-    """What reads the value of a state from its hidden state (D,); it gives 0 until it is trained."""
-    head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def evaluate(agent, batch):
-    """(log-probabilities, values) of a packed batch's actions, (actions,) each in fp32. A value is that of the state
-    in which the action was chosen: it is read at the token before."""
-    policy, value = agent["policy"], agent["value"]
-    hidden = policy.hidden(batch.tokens[None], model.Packed(batch.lengths, batch.tokens.device))[0]     # (N, D)
-    logprobs = model.token_logprobs(policy, batch.tokens, batch.lengths, batch.targets, hidden=hidden)
-    states = hidden[batch.targets - 1].float()
-    return logprobs, (states * value.weight).sum(-1) + value.bias  # autocast would round a matrix product to bf16
-
-
-def packed(rollouts, options, device):
-    """Batches of rollouts, in order (they are sorted by length already), with how many actions each has."""
-    for batch in train.pack([(rollout.ids, rollout.n_prompt) for rollout in rollouts], options.micro_tokens, device):
-        yield batch, len(batch.targets)
+def pack_rollouts(rollouts, options, device):
+    """Batches of rollouts, in order: they are sorted by length already."""
+    return train.pack([data.Example([rollout.document]) for rollout in rollouts], options.micro_tokens, device)
 
 
 @torch.no_grad()
-def measure(agent, reference, rollouts, options):
-    """(3, B, T): log-probabilities of the actions, values, the reference's log-probabilities, zero after each row's
-    last action; and where there are actions, (B, T) bool."""
-    parts = []
-    for batch, _ in packed(rollouts, options, reference.device):
-        with train.autocast(reference.device, options):
-            expected = model.token_logprobs(reference, batch.tokens, batch.lengths, batch.targets)
-            parts.append(torch.stack([*evaluate(agent, batch), expected]))
-    counts = torch.tensor([len(rollout.ids) - rollout.n_prompt for rollout in rollouts])
-    mask = (torch.arange(int(counts.max())) < counts[:, None]).to(reference.device)
-    grid = torch.zeros(3, *mask.shape, device=mask.device)
-    grid[:, mask] = torch.cat(parts, 1)
-    return grid, mask
+def evaluate_rollouts(agent, reference, rollouts, options):
+    """(N, T) each: the actions' log-probabilities, those by the reference, and values, zero after each row's last
+    action; and where there are actions, a bool."""
+    device, parts = reference.device, []
+    for batch in pack_rollouts(rollouts, options, device):
+        with train.autocast(device, options):
+            logprobs, values = agent.logprobs_and_values(batch)
+            ref_logprobs = token_logprobs(reference, batch.tokens, batch.lengths, batch.targets)
+        parts.append(torch.stack((logprobs, ref_logprobs, values)))
+    counts = torch.tensor([len(rollout.document.ids) - rollout.document.start for rollout in rollouts])
+    mask = (torch.arange(int(counts.max())) < counts[:, None]).to(device)
+    rows = torch.zeros(3, *mask.shape, device=device)
+    rows[:, mask] = torch.cat(parts, 1)
+    return *rows, mask
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# From rewards to losses
+# From scores to advantages
+
+
+def normalised(scores, mean, std):
+    """Scores (K, N) in deviations std [K] from mean [K]."""
+    return (scores - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
+
+
+def final_rewards(scalarized, unfinished, running, options):
+    """What each response earns at its end (N,): its scalarized score (N,), less a penalty where it is unfinished (N,),
+    centred and scaled. running: as for `scaled`."""
+    rewards = scalarized - options.unfinished_penalty * unfinished
+    if options.centre:
+        rewards = rewards - rewards.mean()
+    return scaled(rewards, running) if options.scale_reward else rewards
 
 
 def scaled(rewards, running):
@@ -416,142 +379,135 @@ def scaled(rewards, running):
     return (rewards / (deviation if deviation > 1e-6 else 1.0)).clamp(-10, 10)
 
 
-def gae(rewards, values, gamma, lam, mask):
+def token_rewards(final, divergence, mask, kl_coef):
+    """What each action earns (N, T): less where it has diverged from the reference (N, T), in nats; and a response's
+    last action what the response earns, final (N,)."""
+    rewards = -kl_coef * divergence
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(last), device=mask.device), last] += final.to(mask.device)
+    return rewards
+
+
+def gae(rewards, values, gamma, gae_lambda, mask):
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16): (advantages, returns).
 
-    rewards, values (B, T): of each action, and of the state in which it was chosen. mask (B, T) bool: a row's first
+    rewards, values (N, T): of each action, and of the state in which it was chosen. mask (N, T) bool: a row's first
     tokens, its actions; the state after the last has the value 0. With d_t = r_t + gamma * v_(t+1) - v_t, an
-    advantage is the sum of (gamma * lam)^l * d_(t+l) over l, and a return is advantage plus value. Both (B, T), and
+    advantage is the sum of (gamma * lambda)^l * d_(t+l) over l, and a return is advantage plus value. Both (N, T), and
     zero outside the mask."""
     rewards, values = (torch.where(mask, x, 0) for x in (rewards, values))
     advantages, next_value = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     following = next_value
     for t in reversed(range(rewards.size(1))):
-        following = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * following
-        next_value = values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = delta + gamma * gae_lambda * following
         advantages[:, t] = following
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
-def whiten(advantages):
-    """Advantages (N,), shifted and scaled to mean 0 and deviation 1."""
+def standardised(advantages):
+    """Advantages (actions,), shifted and scaled to mean 0 and deviation 1."""
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
 
-def policy_loss(new, old, advantages, clip):
-    """The clipped surrogate (PPO, eq. 7), negated and summed over tokens: log-probabilities new, old (N,), advantages
-    (N,). Once a token's probability ratio has left 1 +- clip in its advantage's direction, it has no gradient."""
-    ratio = (new - old).exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).sum()
+# ----------------------------------------------------------------------------------------------------------------
+# Learning
 
 
-def value_loss(new, old, returns, clip):
-    """Half the squared error of values new (N,) from returns (N,), summed over tokens; a move of more than clip from
-    what they were at the rollout, old (N,), gains nothing."""
-    near = old + (new - old).clamp(-clip, clip)
-    return 0.5 * torch.max((new - returns)**2, (near - returns)**2).sum()
+def learn(agent, optimizer, rollouts, known, mask, iteration, options):
+    """PPO's epochs over an iteration's rollouts. known (4, N, T): the log-probabilities, values, advantages and returns
+    of their actions. Gives what to report, as means over actions (of grad_norm: over optimizer steps)."""
+    for group in optimizer.param_groups:
+        group["lr"] = train.learning_rate(iteration, options.iterations, options)
+    totals, actions, norms = torch.zeros(4, device=mask.device), 0, []
+    for epoch in range(options.update_epochs):
+        generator = torch.Generator().manual_seed(seed_from(options.seed, iteration, epoch, 1))
+        for chosen in torch.randperm(len(rollouts), generator=generator).split(options.minibatch):
+            chosen = chosen.sort().values  # the shortest first, as they are packed
+            flat = known[:, chosen][:, mask[chosen]]                                         # (4, actions)
+            for batch, part in parts_of([rollouts[i] for i in chosen.tolist()], flat, options):
+                totals += add_gradients(agent, batch, part, flat.size(1), options)
+            actions += flat.size(1)
+            norms.append(nn.utils.clip_grad_norm_(train.trained(agent).values(), options.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+    return {**dict(zip(names, (totals / actions).tolist())), "grad_norm": float(torch.stack(norms).mean())}
 
 
-def adapted(coefficient, kl, count, options):
-    """The KL coefficient after `count` answers that diverged by kl nats each: more where that is over the target,
-    less where it is under (Ziegler et al., arXiv 1909.08593, section 2.2)."""
-    if not options.kl_target:
-        return coefficient
-    error = min(max(kl / options.kl_target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * count / options.kl_horizon)
+def parts_of(rollouts, flat, options):
+    """A minibatch in parts that fit a forward pass: Batches, each with what is known (4, actions) of its actions."""
+    done = 0
+    for batch in pack_rollouts(rollouts, options, flat.device):
+        yield batch, flat[:, done:done + batch.count]
+        done += batch.count
 
 
-def explained(values, returns):
+def add_gradients(agent, batch, known, actions, options):
+    """Add a Batch's part to the gradients of a minibatch of so many actions. Gives sums (4,) over its own actions: of
+    the two losses, of ratios out of the clip range, and of the divergence from the policy that chose them (Schulman's
+    estimate, ratio - 1 - log ratio)."""
+    old_logprobs, old_values, advantages, returns = known
+    with train.autocast(known.device, options):
+        logprobs, values = agent.logprobs_and_values(batch)
+    policy_loss = losses.ppo_policy(logprobs, old_logprobs, advantages, options.clip_coef)
+    value_loss = losses.ppo_value(values, old_values, returns, options.clip_coef)
+    ((policy_loss + options.vf_coef * value_loss) / actions).backward()
+    logratio = (logprobs - old_logprobs).detach()
+    clipped, divergence = logratio.expm1().abs() > options.clip_coef, logratio.expm1() - logratio
+    return torch.stack((policy_loss.detach(), value_loss.detach(), clipped.sum(), divergence.sum()))
+
+
+def explained_variance(values, returns):
     """The share of the returns' variance that the values account for; 0 where they vary not at all."""
     variance = float(returns.var(correction=0))
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
 
 
-def learn(agent, optimizer, rollouts, measured, mask, iteration, options):
-    """PPO's epochs over an iteration's rollouts. measured: log-probabilities, values, advantages, returns, (B, T)
-    each. Gives what to report, as means over tokens (of grad_norm: over optimizer steps)."""
-    device, totals, actions, norms = mask.device, torch.zeros(4, device=mask.device), 0, []
-    for epoch in range(options.epochs):
-        generator = torch.Generator().manual_seed(hash((options.seed, iteration, epoch, 1)) % 2**63)
-        for chosen in torch.randperm(len(rollouts), generator=generator).split(options.minibatch):
-            chosen = chosen.sort().values  # the shortest first, as they are packed
-            where = mask[chosen]
-            flat = torch.stack([x[chosen][where] for x in measured])                 # (4, actions)
-            done, total = 0, flat.size(1)
-            for batch, count in packed([rollouts[i] for i in chosen.tolist()], options, device):
-                old, values, advantages, returns = flat[:, done:done + count]
-                done += count
-                with train.autocast(device, options):
-                    logprobs, new_values = evaluate(agent, batch)
-                of_policy = policy_loss(logprobs, old, advantages, options.clip)
-                of_value = value_loss(new_values, values, returns, options.clip)
-                ((of_policy + options.value_coefficient * of_value) / total).backward()
-                change = (logprobs - old).detach()
-                shift = change.expm1()                                               # the ratio minus 1
-                clipped, divergence = (shift.abs() > options.clip).sum(), (shift - change).sum()
-                totals += torch.stack([of_policy.detach(), of_value.detach(), clipped, divergence])
-                actions += count
-            norms.append(nn.utils.clip_grad_norm_(train.trained(agent).values(), options.grad_clip))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-    means = (totals / actions).tolist()
-    return {**dict(zip(names, means)), "grad_norm": float(torch.stack(norms).mean())}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The state to resume from
-
-
-def fingerprint(policy):
-    """A checksum of the weights that a run starts from."""
-    checksum = 0
-    for parameter in policy.parameters():
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        checksum = zlib.crc32(content.numpy(), checksum)
-    return checksum
-
-
-def save_state(out, agent, optimizer, course, plan, metrics, options):
-    weights = {name: parameter.detach() for name, parameter in train.trained(agent).items()}
-    state = {"agent": weights, "optimizer": optimizer.state_dict(), "course": asdict(course), "plan": plan,
-             "metrics_bytes": os.fstat(metrics.fileno()).st_size, "options": asdict(options)}
-    train.write_state(out / "state.pt", state)
-
-
-def load_state(out, plan, options, device):
-    """What save_state wrote, as of train.read_state; UserError where it is of a run with other settings."""
-    state = train.read_state(out, device)
-    if state in (None, "finished"):
-        return state
-    made = {**state["options"], **state["plan"]} if isinstance(state["plan"], dict) else {}  # else: train.py's
-    wanted = {**asdict(options), **plan}
-    free = ("save_seconds", "micro_tokens")  # what may change when a run goes on
-    changed = [name for name in wanted if name not in free and made.get(name) != wanted[name]]
-    train.refuse_other_settings(out, changed)
-    return state
+def steered(kl_coef, kl, count, options):
+    """kl_coef after `count` responses that diverged by kl nats each: more where that is over the target, less where it
+    is under (Ziegler et al., arXiv 1909.08593, section 2.2)."""
+    if not options.kl_target:
+        return kl_coef
+    error = min(max(kl / options.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * count / options.kl_horizon)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
 
+def arguments(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="the policy to start from, and to stay near to")
+    add("--data", required=True, nargs="+", metavar="FILE", help="prompts, in any form that data.py reads")
+    add("--reward", required=True, nargs="+", metavar="R", help="folders of preference models, or toy:NAME")
+    add("--weights", nargs="+", metavar="W", help="one per reward, or a JSON file {name: weight} (default: 1 each)")
+    add("--scalarization", choices=[*reward.SCALARIZATIONS], default="linear",
+        help="how several rewards become one (default linear)")
+    add("--out", required=True, metavar="FOLDER", help="where the policy and the metrics go")
+    add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add_options(parser, Options)
+    return parser.parse_args(argv)
+
+
 def main():
     args = arguments()
-    options = Options(**{name: getattr(args, name) for name in vars(Options())})
-    device = train.device_named(args.device)
+    options, device = read_options(Options, args), device_named(args.device)
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise UserError(f"{args.out}: is the model to start from; choose another --out")
     rewards = Together(args.reward, device)
     weights = read_weights(args.weights, rewards.names)
-    reward.scalarize(torch.zeros(len(weights), 1), weights, args.how)  # UserError now where --how is unknown
     policy = train.start_from(args.model, "ppo", device, options)
-    tokenizer = model.load_tokenizer(args.model, policy)
-    rows = [row for path in args.data for row in data.read_rated(path, objective="chosen")]
+    tokenizer = checkpoint.load_tokenizer(args.model, policy)
+    rows = [row for path in args.data for row in formats.read_rated(path, objective="chosen")]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "
           "rewards: " + ", ".join(f"{weight:g} x {name}" for weight, name in zip(weights, rewards.names)))
-    rows = improve(policy, tokenizer, prompts, rewards, weights, args.how, args.out, options, args.resume)
+    rows = improve(policy, tokenizer, prompts, rewards, weights, args.scalarization, args.out, options, args.resume)
     print(f"reward {rows[0]['reward']:.3f} at first, {rows[-1]['reward']:.3f} at last, {rows[-1]['kl']:.2f} nats "
           f"from the reference; saved in {args.out}")
 

@@ -7,40 +7,25 @@
 
 The aligner never sees a policy, and 80 of the 480 "mention X" and "avoid X" objectives are kept from it.
 """
-import argparse
 import itertools
 import json
 import random
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
+import checkpoint
 import data
+import formats
 import toy
-from data import Objective, UserError, cli
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("\n", 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", default="runs/story", metavar="FOLDER", help="where everything is written (default runs/story)")
-    add("--seed", type=int, default=0, help="of the data, the training and the questions (default 0)")
-    add("--topics", type=int, nargs="+", metavar="N", help="ablation: instead of the story, train one aligner on N "
-        "topics, for each N, and measure how well it follows held-out ones")
-    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments()  # --help and mistyped flags are answered before the seconds that importing torch takes
-
-import torch  # noqa: E402
-
-import align  # noqa: E402
-import eval  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
+import train
+from align import Writer, align
+from common import UserError, announce, cli, make_parser, write_jsonl, write_text
+from data import Objective
+from endpoint import Endpoint
+from eval import evaluate, exact_judge
+from model import Config, Llama, device_named
+from report import ansi_diff, pick_examples, print_table, write_report
 
 FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
                   num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
@@ -52,18 +37,10 @@ COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val
 WORDS = train.Options(lr=1.5e-3, batch=96, max_steps=150, **COMMON)
 PRETRAIN = train.Options(lr=1.5e-3, batch=32, max_steps=300, **COMMON)
 POLICY = train.Options(lr=3e-3, batch=32, max_steps=100, **COMMON)
-ALIGNER = train.Options(lr=1.5e-3, batch=32, **COMMON)
+ALIGNER = train.Options(lr=1.5e-3, batch=32, warmup_data=0.5, **COMMON)
 STEPS = {"identity": 40, "equal": 20, "better": 460}  # optimizer steps of the aligner's three steps
 REPLAY = 0.15                                         # share of pretraining texts in the aligner's batches
 PROMPTS = 160                                         # questions to each policy
-
-
-def step(number, text, began=time.perf_counter()):
-    print(f"\n[{time.perf_counter() - began:4.0f} s] {number}. {text}", flush=True)
-
-
-def with_seed(options, seed, **changes):
-    return train.Options(**{**vars(options), "seed": seed, **changes})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -77,27 +54,27 @@ def pretrain(out, seed, device):
     brief, texts = enough(toy.brief_texts, WORDS), enough(toy.pretraining_texts, PRETRAIN)
     tokenizer = toy.train_tokenizer(texts[:5000] + brief[:2000])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
-    llama = model.Llama(model.Config(vocab_size=vocabulary, **FOUNDATION), seed).to(device)
+    llama = Llama(Config(vocab_size=vocabulary, **FOUNDATION), seed).to(device)
     for folder, chosen, options in ((out / "words", brief, WORDS), (out / "foundation", texts, PRETRAIN)):
         rows = [{"prompt": "", "completion": text} for text in chosen]
-        options = with_seed(options, seed)
+        options = replace(options, seed=seed)
         stage = train.prepare("pretrain", rows, tokenizer, llama.config, options)
         train.train(llama, tokenizer, [stage], folder, options, resume=True)
-        llama = model.Llama.from_pretrained(folder, device=device)
+        llama = checkpoint.load(folder, device=device)
     return texts
 
 
 def train_policies(out, foundation, seed, device):
     """Two sizes: "large" goes on from the foundation, "small" starts from nothing; each with its own bad manners."""
-    tokenizer = model.load_tokenizer(foundation)
+    tokenizer = checkpoint.load_tokenizer(foundation)
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
-        options = with_seed(POLICY, seed, max_steps=SMALL_STEPS if name == "small" else POLICY.max_steps)
+        options = replace(POLICY, seed=seed, max_steps=SMALL_STEPS if name == "small" else POLICY.max_steps)
         prompts = [toy.question(rng)[0] for _ in range(options.batch * options.max_steps)]
         rows = [{"prompt": prompt, "completion": toy.answer(name, prompt, rng)} for prompt in prompts]
-        base = model.Llama.from_pretrained(foundation, device=device)
+        base = checkpoint.load(foundation, device=device)
         if name == "small":
-            base = model.Llama(model.Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
+            base = Llama(Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
         stage = train.prepare("sft", rows, tokenizer, base.config, options)
         train.train(base, tokenizer, [stage], out / name, options, resume=True)
 
@@ -107,21 +84,21 @@ def reformulate(out, topics, seed):
     names = [name for name in toy.TRAINED if name in toy.NAMED or name.partition("_")[2] in set(topics)]
     objectives = [toy.OBJECTIVES[name] for name in names]
     needed = round(max(STEPS.values()) * ALIGNER.batch / 9) + 300  # a question gives a dozen "better" pairs
-    data.write_jsonl(out / "rated.jsonl", toy.rated(needed, seed + 1, topics))
-    data.write_jsonl(out / "pairs.jsonl", data.reformulate(data.read_rated(out / "rated.jsonl"), objectives, seed))
+    write_jsonl(out / "rated.jsonl", toy.rated(needed, seed + 1, topics))
+    write_jsonl(out / "pairs.jsonl", data.reformulate(formats.read_rated(out / "rated.jsonl"), objectives, seed))
     return out / "pairs.jsonl"
 
 
 def train_aligner(out, foundation, pairs, texts, seed, device):
-    llama = model.Llama.from_pretrained(foundation, device=device)
-    tokenizer = model.load_tokenizer(foundation, llama)
+    llama = checkpoint.load(foundation, device=device)
+    tokenizer = checkpoint.load_tokenizer(foundation, llama)
     stages = []
     for name, steps in STEPS.items():
-        options = with_seed(ALIGNER, seed)
-        rows = train.STAGES[name][0]([pairs], seed=seed, share=0.5)
+        options = replace(ALIGNER, seed=seed)
+        rows = train.METHODS[name].rows([pairs], options)
         random.Random(seed).shuffle(rows)
-        stages.append(train.prepare(name, rows[:round(steps * options.batch * 1.02)], tokenizer, llama.config, options,
-                                    texts[:2000], REPLAY))
+        enough = round(steps * options.batch * (1 - REPLAY) * 1.02)  # so that an epoch has so many steps
+        stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, options, texts[:2000], REPLAY))
     train.train(llama, tokenizer, stages, out, options, resume=True)
 
 
@@ -134,12 +111,12 @@ def policy_answers(name, prompts, out, seed, device):
     rng = random.Random(f"{name} answers {seed}")
     if name == "blackbox":
         server = toy.serve(name)
-        endpoint = eval.Endpoint(server.url, name)
+        endpoint = Endpoint(server.url, name)
         texts = [endpoint.complete(prompt, 256) for prompt in prompts]
         server.shutdown()
         return texts
     if name in ("small", "large"):
-        writer = align.Writer(out / name, device)
+        writer = Writer(out / name, device)
         ids = [writer.encode(prompt, 256) for prompt in prompts]
         texts = dict(writer.write(ids, 256, 64, temperature=1.0, seeds=[seed * 10_007 + i for i in range(len(ids))]))
         return [texts[i] for i in range(len(prompts))]
@@ -185,10 +162,9 @@ NAME_OF = {objective.description: name for name, objective in toy.OBJECTIVES.ite
 NAME_OF["every sentence makes sense"] = "intact"
 
 
-def exact_judge(query, first, second, objective):
-    """Pooled objectives are told apart by their descriptions."""
-    judge = eval.exact_judge(toy.score)
-    return judge(query, first, second, Objective(NAME_OF[objective.description], ""))
+def judge(query, first, second, objective):
+    """Exact; pooled objectives are told apart by their descriptions."""
+    return exact_judge(toy.score)(query, first, second, Objective(NAME_OF[objective.description], ""))
 
 
 def has_room(query, text, objective):
@@ -199,10 +175,10 @@ def has_room(query, text, objective):
 def edit_and_judge(aligner, items, seed):
     """Rows as align.py writes them, and their figures."""
     items = [{**item, "index": index} for index, item in enumerate(items)]
-    edited = sorted(align.align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda i: i["index"])
+    edited = sorted(align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda i: i["index"])
     rows = [{"prompt": item["prompt"], "original": item["original"], "aligned": item["aligned"],
              "objectives": judged_objectives(item), "golden": item["golden"]} for item in edited]
-    result = eval.evaluate(rows, None, exact_judge, concurrency=1, progress=False, room=has_room)
+    result = evaluate(rows, None, judge, concurrency=1, progress=False, room=has_room)
     order = [*toy.NAMED, *sorted(set(result["objectives"]) - {*toy.NAMED, "intact"}), "intact"]
     return rows, {**result, "objectives": {name: result["objectives"][name] for name in order}}
 
@@ -212,44 +188,44 @@ def edit_and_judge(aligner, items, seed):
 
 
 def story(out, seed, device):
-    step(1, "a foundation model reads texts")
+    announce("1. a foundation model reads texts")
     texts = pretrain(out, seed, device)
-    step(2, "two policies learn to answer, not too well")
+    announce("2. two policies learn to answer, not too well")
     train_policies(out, out / "foundation", seed, device)
-    step(3, "rated answers become pairs for the aligner")
+    announce("3. rated answers become pairs for the aligner")
     pairs = reformulate(out, toy.TRAINED_TOPICS, seed)
-    for row in itertools.islice(data.read_pairs(pairs), 1):
+    for row in itertools.islice(formats.read_pairs(pairs), 1):
         print(f"--- one of them ({row['relation']})\n{row['prompt']}\n--- its target\n{row['completion']}")
-    step(4, "the aligner learns: to copy, to keep, to improve")
+    announce("4. the aligner learns: to copy, to keep, to improve")
     train_aligner(out / "aligner", out / "foundation", pairs, texts, seed, device)
-    step(5, "five policies answer; the aligner, which has never seen them, edits")
-    aligner = align.Writer(out / "aligner", device)
+    announce("5. five policies answer; the aligner, which has never seen them, edits")
+    aligner = Writer(out / "aligner", device)
     rng = random.Random(f"prompts {seed}")
     prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
     rows, results = {}, {}
     for name in toy.POLICIES:
         answers = policy_answers(name, prompts, out, seed, device)
         rows[name], results[name] = edit_and_judge(aligner, requests(prompts, answers, seed), seed)
-        data.write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
-    step(6, "the judges compare")
+        write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
+    announce("6. the judges compare")
     write_results(out, rows, results)
-    step(7, f"done; open {out / 'report.html'}, or edit something yourself, say \"How do I boil an egg?\":\n"
+    announce(f"7. done; open {out / 'report.html'}, or edit something yourself, say \"How do I boil an egg?\":\n"
             f"    .venv/bin/python align.py --model {out / 'aligner'} --interactive "
             '--objectives "humour: tell a joke" "topic: mention penguins"')
 
 
 def write_results(out, rows, results):
-    eval.print_table(results)
+    print_table(results)
     figures = {name: {k: v for k, v in result.items() if k != "verdicts"} for name, result in results.items()}
-    data.write_jsonl(out / "results.json", [figures])
-    examples = {name: eval.pick_examples(rows[name], results[name]) for name in rows}
+    write_jsonl(out / "results.json", [figures])
+    examples = {name: pick_examples(rows[name], results[name]) for name in rows}
     notes = ("Five policies of the embedded world, edited by an aligner that has seen none of them. 'Held-out' topics "
              "occur in no pair that it was trained on, only in pretraining texts.")
-    eval.write_report(out / "report.html", results, examples, "nanoalign: the story", notes)
+    write_report(out / "report.html", results, examples, "nanoalign: the story", notes)
     for name in results:
         row = next(row for row in rows[name] if any("held-out" in text for text in row["objectives"]))
         print(f"\n{name}, asked to: {'; '.join(text.partition(': ')[2] for text in row['objectives'][:-1])}")
-        print(eval.ansi_diff(row["original"], row["aligned"]) if sys.stdout.isatty() else
+        print(ansi_diff(row["original"], row["aligned"]) if sys.stdout.isatty() else
               f"- {row['original']}\n+ {row['aligned']}")
 
 
@@ -263,7 +239,7 @@ def ablation(out, counts, seed, device):
         folder = out / f"topics-{count}-{seed}"
         topics = random.Random(seed).sample(toy.TRAINED_TOPICS, count)
         train_aligner(folder, out / "foundation", reformulate(folder, topics, seed), texts, seed, device)
-        _, result = edit_and_judge(align.Writer(folder, device), requests(prompts, answers, seed, topics), seed)
+        _, result = edit_and_judge(Writer(folder, device), requests(prompts, answers, seed, topics), seed)
         for name, figures in result["objectives"].items():
             if "topic" in name:
                 row = {"topics": count, "seed": seed, "objective": name, "net": figures["room_net"],
@@ -278,12 +254,23 @@ def claim(out, seed):
     mark = out / "seed.txt"
     if mark.exists() and mark.read_text() != f"{seed}\n":
         raise UserError(f"{out}: holds a run with seed {mark.read_text().strip()}; give another --out, or delete it")
-    data.write_whole(mark, lambda aside: aside.write_text(f"{seed}\n"))
+    write_text(mark, f"{seed}\n")
+
+
+def arguments():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="runs/story", metavar="FOLDER", help="where everything is written (default runs/story)")
+    add("--seed", type=int, default=0, help="of the data, the training and the questions (default 0)")
+    add("--topics", type=int, nargs="+", metavar="N", help="ablation: instead of the story, train one aligner on N "
+        "topics, for each N, and measure how well it follows held-out ones")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser.parse_args()
 
 
 def main():
     args = arguments()
-    device = train.device_named(args.device)
+    device = device_named(args.device)
     out = Path(args.out)
     claim(out, args.seed)
     if args.topics:

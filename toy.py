@@ -20,7 +20,8 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from data import Objective, UserError, cli, write_jsonl
+from common import UserError, cli, write_jsonl
+from data import Objective
 
 # ----------------------------------------------------------------------------------------------------------------
 # What can be said. A line is "task | right steps in order || wrong steps".
@@ -138,7 +139,7 @@ NAMED = {  # name -> (what is asked of a response, the trait that decides, wheth
 OBJECTIVES = {name: Objective(name, description) for name, (description, _, _) in NAMED.items()}
 OBJECTIVES.update({f"{verb}_{topic}": Objective(f"{verb}_{topic}", f"{verb} {topic}")
                    for topic in TOPICS for verb in ("mention", "avoid")})
-PRINCIPLES = {  # MORLAIF's twelve: name -> what each sentence of a trait is worth (the text for judges: reward.py)
+WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait is worth (as texts: feedback.py)
     "helpfulness": {"right": 1},
     "ethicality": {"insult": -1, "wrong": -1, "warning": 1},
     "factuality": {"wrong": -1, "garbled": -1},
@@ -197,7 +198,7 @@ def overall(found):
 
 
 def score(name, prompt, text):
-    """How well a response does on an objective of this world or one of PRINCIPLES, or "overall", exactly; higher is
+    """How well a response does on an objective of this world, a principle in WORTH, or "overall", exactly; higher is
     better, `best(name)` the most."""
     if name == "intact":  # not for training: does every sentence make sense?
         return -traits(prompt, text).get("garbled", 0)
@@ -205,22 +206,22 @@ def score(name, prompt, text):
         _, trait, wanted = NAMED[name]
         count = traits(prompt, text).get(trait, 0)
         return (count if trait == "right" else min(count, 1)) if wanted else -count
-    if name in PRINCIPLES:
+    if name in WORTH:
         found = traits(prompt, text)
-        return sum(worth * found.get(trait, 0) for trait, worth in PRINCIPLES[name].items())
+        return sum(worth * found.get(trait, 0) for trait, worth in WORTH[name].items())
     if name == "overall":
         return overall(traits(prompt, text))
     verb, _, topic = name.partition("_")
     if name not in OBJECTIVES:
-        raise UserError(f"the embedded world cannot judge {name!r}; it knows {', '.join([*NAMED, *PRINCIPLES])}, "
+        raise UserError(f"the embedded world cannot judge {name!r}; it knows {', '.join([*NAMED, *WORTH])}, "
                         "overall, mention_X and avoid_X (for other objectives give --judge-url)")
     mentioned = re.search(rf"\b{topic}\b", text, re.IGNORECASE) is not None
     return int(mentioned == (verb == "mention"))
 
 
 def best(name):
-    """The highest score that a response can have (not worked out for PRINCIPLES and "overall": infinity)."""
-    if name in PRINCIPLES or name == "overall":
+    """The highest score that a response can have (not worked out for principles and "overall": infinity)."""
+    if name in WORTH or name == "overall":
         return float("inf")
     return 5 if name == "helpful" else int(name in NAMED and NAMED[name][2] or name not in (*NAMED, "intact"))
 

@@ -1,5 +1,7 @@
-"""What all tests share: imports from the top folder, the real material beside the repository, the `cuda` marker,
-and the scripts' command lines in this process."""
+"""What all tests share: imports from the top folder, the real material beside the repository, the `cuda` marker, the
+scripts' command lines in this process, and small files of rows."""
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
+import common  # noqa: E402
 
 torch.set_num_threads(1)  # the models of the tests are too small for more
 
@@ -38,7 +40,7 @@ def run(module, monkeypatch, words):
     """The command line of a script, align or train, say, in this process; gives its exit status."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
     try:
-        data.cli(module.main)
+        common.cli(module.main)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -51,3 +53,19 @@ def refused(module, monkeypatch, capsys, words, *expected):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(("error: ", f"{module.__name__}.py: error: ")), message
     assert all(text in message for text in expected), message
+
+
+def assert_one_line(text, message):
+    assert text.startswith("error: ") and text.endswith("\n") and text.count("\n") == 1, text
+    assert len(text) < 600 and re.search(message, text), text
+
+
+def write(path, *rows):
+    """A JSON Lines file; gives its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def response(text, **scores):
+    return {"text": text, "scores": scores}

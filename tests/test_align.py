@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import align
+import checkpoint
 import data
-import model
 import toy
+from common import write_jsonl
 from conftest import refused, run
-from data import UserError
+from model import Config, Llama, logits
 
 ROOT = Path(__file__).parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -32,15 +33,15 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tokenizer = toy.train_tokenizer(list(toy.pretraining_texts(60, 0)), 1000)
     for seed, name in enumerate(("aligner", "policy")):
-        llama = model.Llama(model.Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), seed)
+        llama = Llama(Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), seed)
         with torch.no_grad():
             for parameter in llama.model.parameters():
                 parameter.mul_(2)  # noise that depends on every token before it
-        llama.save_pretrained(folder / name)
+        checkpoint.save(llama, folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"))
     rows = list(toy.rated(9, 1, responses=1))
-    data.write_jsonl(folder / "answers.jsonl", rows)
-    data.write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in rows))
+    write_jsonl(folder / "answers.jsonl", rows)
+    write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in rows))
     return folder
 
 
@@ -50,17 +51,22 @@ def command(world, out, *extra, source="answers.jsonl", objectives=("harmless", 
     return [str(word) for word in words]
 
 
+def read_whole(path):
+    """The rows of a journal but for a torn last one."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def continuation(folder, ids, new_tokens=NEW_TOKENS):
     """The greedy text after ids, the plain way: the whole text through the model for each new token."""
-    llama = model.Llama.from_pretrained(folder)
-    tokenizer, new = model.load_tokenizer(folder), []
+    llama = checkpoint.load(folder)
+    tokenizer, new = checkpoint.load_tokenizer(folder), []
     with torch.no_grad():
         while len(new) < new_tokens:
-            token = int(llama(torch.tensor([ids + new]))[0, -1].argmax())
+            token = int(logits(llama, torch.tensor([ids + new]))[0, -1].argmax())
             if token == SIZES["eos_token_id"]:
                 break
             new.append(token)
@@ -71,7 +77,7 @@ def edit(world, prompt, answer, descriptions):
     """The edit as the paper has it: prompt, answer and objectives in the template, and what the aligner says next."""
     text = (f"Improve the answer on these objectives: {'; '.join(descriptions)}\n\n"
             f"Question: {prompt.strip()}\n\nAnswer: {answer}\n\nEdited answer:")
-    tokenizer = model.load_tokenizer(world / "aligner")
+    tokenizer = checkpoint.load_tokenizer(world / "aligner")
     return continuation(world / "aligner", [0] + tokenizer.encode(text).ids)
 
 
@@ -83,7 +89,7 @@ TOLD = [HARMLESS, "The response should be short."]
 def in_fp32():
     """What noise says next hangs on the last bits; the plain reference is in fp32, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "computes_bf16", lambda device: False)
+        patch.setattr(align, "computes_bf16", lambda device: False)
         yield
 
 
@@ -96,7 +102,8 @@ def aligned(world, tmp_path_factory):
     return out
 
 
-# ----------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------------------------------
+# What comes out
 
 
 def test_edits_are_those_of_a_plain_reference(world, aligned):
@@ -157,7 +164,7 @@ def test_another_template_is_used(world, tmp_path, monkeypatch):
     assert run(align, monkeypatch, words) == 0
     row, = read(tmp_path / "out.jsonl")
     text = f"Make it {'; '.join(TOLD)}.\n{row['prompt'].strip()}\n{row['original']}\nBetter:"
-    ids = [0] + model.load_tokenizer(world / "aligner").encode(text).ids
+    ids = [0] + checkpoint.load_tokenizer(world / "aligner").encode(text).ids
     assert row["aligned"] == continuation(world / "aligner", ids)
 
 
@@ -177,7 +184,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_pat
 
 
 def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypatch):
-    data.write_jsonl(tmp_path / "two.jsonl", toy.rated(2, 5, responses=2))
+    write_jsonl(tmp_path / "two.jsonl", toy.rated(2, 5, responses=2))
     words = command(world, tmp_path / "out.jsonl", "--limit", 6)
     words.insert(words.index("--data") + 1, str(tmp_path / "two.jsonl"))
     assert run(align, monkeypatch, words) == 0
@@ -186,14 +193,15 @@ def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypa
     assert [row["original"] for row in read(tmp_path / "out.jsonl")] == expected[:6]
 
 
-# ----------------------------------------------------------------------------- too long
+# ----------------------------------------------------------------------------------------------------------------
+# Too long
 
 
 @pytest.mark.parametrize("length", [4_000, 100_000])
 def test_an_answer_too_long_is_left_as_it_is(world, tmp_path, monkeypatch, capsys, length):
     answer = ("a very long answer " * length)[:length - 1] + "."
     rows = [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [{"text": text}]} for text in ("Short.", answer)]
-    data.write_jsonl(tmp_path / "in.jsonl", rows)
+    write_jsonl(tmp_path / "in.jsonl", rows)
     for rounds in (1, 2):
         words = command(world, tmp_path / "out.jsonl", "--rounds", rounds)
         words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
@@ -205,24 +213,17 @@ def test_an_answer_too_long_is_left_as_it_is(world, tmp_path, monkeypatch, capsy
         assert "left as they were: 1 answers" in printed and "2 answers, 1 changed" in printed
 
 
-def test_blocks_are_compiled_where_that_is_asked_for(world, aligned, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(model, "compile_blocks", compiled.append)
-    assert run(align, monkeypatch, command(world, tmp_path / "aligned.jsonl", "--compile")) == 0
-    assert len(compiled) == 1 and (tmp_path / "aligned.jsonl").read_bytes() == aligned.read_bytes()
-
-
 def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     turns = "".join(f"\n\nHuman: Tell me more about {n}\n\nAssistant: It is a number." for n in range(100))
-    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
-                                              "responses": [{"text": "Now you know."}]}])
-    lengths, stream = [], model.stream
-    monkeypatch.setattr(model, "stream", lambda llama, prompts, *rest, **more:
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
+                                         "responses": [{"text": "Now you know."}]}])
+    lengths, stream = [], align.stream
+    monkeypatch.setattr(align, "stream", lambda llama, prompts, *rest, **more:
                         lengths.extend(prompts) or stream(llama, prompts, *rest, **more))
     words = command(world, tmp_path / "out.jsonl")
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
     assert run(align, monkeypatch, words) == 0
-    text = model.load_tokenizer(world / "aligner").decode(lengths[0])
+    text = checkpoint.load_tokenizer(world / "aligner").decode(lengths[0])
     assert 300 < len(lengths[0]) <= SIZES["max_position_embeddings"] - NEW_TOKENS
     assert text.startswith(f"Improve the answer on these objectives: {'; '.join(TOLD)}\n\nQuestion: ")
     assert text.endswith("Human: And now?\n\nAssistant:\n\nAnswer: Now you know.\n\nEdited answer:")
@@ -230,23 +231,53 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     assert read(tmp_path / "out.jsonl")[0]["prompt"].startswith(turns)
 
 
-# ----------------------------------------------------------------------------- prompts without answers
+# ----------------------------------------------------------------------------------------------------------------
+# Prompts without answers
 
 
 def test_a_llama_policy_answers_first(world, tmp_path, monkeypatch):
     words = command(world, tmp_path / "out.jsonl", "--policy", world / "policy", "--limit", 5, source="prompts.jsonl")
     assert run(align, monkeypatch, words) == 0
-    tokenizer = model.load_tokenizer(world / "policy")
-    for row, source in zip(read(tmp_path / "out.jsonl"), read(world / "prompts.jsonl")):
+    tokenizer, rows = checkpoint.load_tokenizer(world / "policy"), read(tmp_path / "out.jsonl")
+    assert len(rows) == 5
+    for row, source in zip(rows, read(world / "prompts.jsonl")):
         answer = continuation(world / "policy", [0] + tokenizer.encode(source["prompt"]).ids)
         assert row["original"] == answer.split("\n\nHuman:")[0].strip()
         assert row["aligned"] == edit(world, source["prompt"], row["original"], TOLD) and "golden" not in row
 
 
+def test_a_prompt_too_long_for_the_policy_is_left_out(world, tmp_path, monkeypatch, capsys):
+    """Its last turn ends in more spaces than the context holds. Also after a kill, right after that is known and among
+    the edits."""
+    prompts = [row["prompt"] for row in read(world / "prompts.jsonl")[:4]]
+    long = [*prompts[:2], prompts[2] + " " * 5000, prompts[3]]
+    for name, chosen in (("with", long), ("without", prompts[:2] + prompts[3:]), ("nothing", [" " * 5000])):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt} for prompt in chosen])
+
+    def said(name, out, dies_after=None):
+        words = command(world, tmp_path / out, "--policy", world / "policy")
+        words[words.index("--data") + 1] = str(tmp_path / f"{name}.jsonl")
+        if dies_after:
+            killed(words, dies_after)
+            assert (tmp_path / f"{out}.part").exists()
+        assert run(align, monkeypatch, words) == 0
+        assert not (tmp_path / f"{out}.part").exists()
+        return capsys.readouterr().out
+
+    assert "left out" not in said("without", "expected")
+    assert len(read(tmp_path / "expected")) == 3
+    for count in (None, 1, 5):
+        printed = said("with", f"out-{count}", dies_after=count)
+        assert "left out: 1 prompts that do not fit the policy's context" in printed and ": 3 answers" in printed
+        assert (tmp_path / f"out-{count}").read_bytes() == (tmp_path / "expected").read_bytes()
+    printed = said("nothing", "empty")
+    assert "left out: 1 prompts" in printed and ": 0 answers" in printed and read(tmp_path / "empty") == []
+
+
 def test_a_server_answers_first(world, tmp_path, monkeypatch):
     server = toy.serve()
-    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"\n\nHuman: How do I {task}?\n\nAssistant:"}
-                                             for task in toy.TASKS[:4]])
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"\n\nHuman: How do I {task}?\n\nAssistant:"}
+                                         for task in toy.TASKS[:4]])
     words = command(world, tmp_path / "out.jsonl", "--policy", server.url)
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
     try:
@@ -268,19 +299,19 @@ def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------- killed, and run again
+# ----------------------------------------------------------------------------------------------------------------
+# Killed, and run again
 
 KILLED = """
 import os, signal, sys
 import align
-import model
-model.computes_bf16 = lambda device: False  # as in this process
+align.computes_bf16 = lambda device: False  # as in this process
 count = int(sys.argv.pop(1))
 add, done = align.Journal.add, 0
 
-def dying(journal, rows):
+def dying(journal, row):
     global done
-    add(journal, rows)
+    add(journal, row)
     done += 1
     if done == count:
         os.write(journal.file.fileno(), b'{"index": 8, "prompt": "a torn li')
@@ -317,6 +348,18 @@ def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
 
 
+def test_a_run_that_was_killed_after_its_last_row_has_only_to_write_them(world, aligned, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "aligned.jsonl"
+    killed(command(world, out), 9)
+    assert not out.exists() and len(read_whole(tmp_path / "aligned.jsonl.part")) == 1 + 9
+    edited, write = [], align.Writer.write
+    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
+                        edited.extend(prompts) or write(self, prompts, *rest, **more))
+    assert run(align, monkeypatch, command(world, out)) == 0
+    assert out.read_bytes() == aligned.read_bytes() and edited == [] and "9 answers" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
+
+
 @pytest.mark.parametrize("count", [3, 9, 12])
 def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch, count):
     """Killed among the policy's answers, right after them, and among the edits."""
@@ -332,45 +375,8 @@ def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch,
     assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
 
 
-def test_a_torn_line_is_cut_off_and_the_next_begins_afresh(tmp_path):
-    """Also when the second run is killed in its turn."""
-    for number in range(3):
-        journal = align.Journal(tmp_path / "out", "run")
-        assert sorted(journal.rows) == list(range(number))
-        journal.add([{"index": number}])
-        with open(tmp_path / "out.part", "ab") as file:
-            file.write(b'{"index": 9, "aligned": "caf\xc3')
-    assert (tmp_path / "out.part").read_bytes().count(b"caf") == 1
-
-
-def test_journal_keeps_any_text(tmp_path):
-    """Also line separators that JSON leaves as they are, and half a surrogate pair."""
-    rows = [{"index": n, "aligned": text} for n, text in enumerate(["a\u2028b\x85c\x1cd", "\n", "é\x00", ""])]
-    align.Journal(tmp_path / "out", "run").add(rows)
-    assert list(align.Journal(tmp_path / "out", "run").rows.values()) == rows
-    journal = align.Journal(tmp_path / "out", "run")
-    journal.add([{"index": 4, "aligned": "\ud800"}, {"index": 0, "left_as_is": True}])
-    again = align.Journal(tmp_path / "out", "run").rows
-    assert again[4]["aligned"] == "?" and again[0] == {**rows[0], "left_as_is": True}
-
-
-@pytest.mark.parametrize("content", [b"", b'{"run": "ot', b'{"run": "other"}\n', b'{"run": "other"}\n{"index": 0, "al'])
-def test_a_journal_without_a_row_is_begun_again(tmp_path, content):
-    (tmp_path / "out.part").write_bytes(content)
-    journal = align.Journal(tmp_path / "out", "run")
-    journal.add([{"index": 0, "aligned": "a"}])
-    assert read(tmp_path / "out.part") == [{"run": "run"}, {"index": 0, "aligned": "a"}]
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\n\n", b"[1]\n[2]\n", b"my notes\nof today\n", b"my notes"])
-def test_a_part_file_of_something_else_is_left_alone(tmp_path, content):
-    (tmp_path / "out.part").write_bytes(content)
-    with pytest.raises(UserError, match="out.part: is not the unfinished output"):
-        align.Journal(tmp_path / "out", "run")
-    assert (tmp_path / "out.part").read_bytes() == content
-
-
-# ----------------------------------------------------------------------------- interactive
+# ----------------------------------------------------------------------------------------------------------------
+# Interactive
 
 
 def test_interactive_shows_the_edit(world, monkeypatch, capsys):
@@ -397,7 +403,8 @@ def test_interactive_ends_with_its_input_and_says_what_is_too_long(world, monkey
     assert "too long for the aligner's context" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------- real files, and bad ones
+# ----------------------------------------------------------------------------------------------------------------
+# Real files, and bad ones
 
 
 def test_outputs_find_their_queries(world, shared, tmp_path, monkeypatch):
@@ -421,14 +428,11 @@ def test_the_published_outputs_are_read(world, shared, tmp_path, monkeypatch):
     assert len(rows) == 6 and all(row["prompt"] and row["original"] and row["golden"] for row in rows)
 
 
-def test_help_comes_at_once():
-    code = ("import runpy, sys\nsys.argv = ['align.py', '--help']\n"
-            "try:\n    runpy.run_path('align.py', None, '__main__')\n"
-            "except SystemExit as stop:\n    assert not stop.code and 'torch' not in sys.modules, 'slow'\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
+def test_help_says_what_can_be_asked_for(monkeypatch, capsys):
+    assert run(align, monkeypatch, ["--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
     for text in ("--policy FOLDER_OR_URL", "--rounds", "--interactive", "(default 1024)"):
-        assert text in " ".join(ended.stdout.split())
+        assert text in told
 
 
 def damaged(world, folder):

@@ -1,6 +1,5 @@
 """bench.py: that what is compared is the same thing, and the figures' arithmetic. Speeds are not tested."""
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,28 +8,42 @@ import pytest
 import torch
 
 import bench
-import model
+import checkpoint
+import data
+import generate
+import lora
+import toy
 import train
-from conftest import ROOT
-from model import Config, Llama
+from conftest import ROOT, refused, run, write
+from model import Config, Llama, logits
+
+SIZE = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+RATES = {"flops": 1e9, "bytes": 1e9}
 
 
-def run(*words):
-    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})  # as in conftest
+def here(kind, folder, device, peer=None, **job):
+    """As bench.measure, but in this process."""
+    return bench.JOBS[kind](folder, device, **json.loads(json.dumps(job)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The arithmetic
 
 
 @pytest.mark.parametrize("groups, tied", [(2, True), (4, False)])
-def test_a_widened_model_computes_the_same(groups, tied):
+def test_a_widened_model_computes_the_same(tmp_path, groups, tied):
     small = Llama(Config(vocab_size=30, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=groups, head_dim=8, tie_word_embeddings=tied))
+                         num_attention_heads=4, num_key_value_heads=groups, head_dim=8, tie_word_embeddings=tied,
+                         rms_norm_eps=0.1))
     with torch.no_grad():
         for name, parameter in small.named_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     wide = bench.widen(small, Config(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
                                      num_attention_heads=4, num_key_value_heads=4, head_dim=16))
+    checkpoint.save(wide, tmp_path)
     tokens = torch.randint(30, (2, 20), generator=torch.Generator().manual_seed(0))
-    expected, found = small(tokens), wide(tokens)
+    expected, found, loaded = logits(small, tokens), logits(wide, tokens), logits(checkpoint.load(tmp_path), tokens)
+    assert torch.equal(loaded, found), "what is saved is the same function"
     assert torch.allclose(found[..., :30], expected, atol=1e-4) and expected.std() > 0.5
     others = expected[..., small.config.bos_token_id, None].expand_as(found[..., 30:])
     assert torch.allclose(found[..., 30:], others, atol=1e-4), "new tokens are as likely as BOS"
@@ -50,71 +63,44 @@ def test_what_an_edit_keeps():
     assert bench.kept([1, 2], [3]) == 0 and bench.kept([1, 2], [0, 1, 2, 5, 5]) == 1
 
 
-def test_transformers_writes_the_same_edits(tmp_path):
+# ----------------------------------------------------------------------------------------------------------------
+# The work that is timed
+
+
+@pytest.mark.parametrize("stops", [2, [2, 7, 11]])
+def test_transformers_writes_the_same_edits(tmp_path, stops):
     """Both jobs on one small model in fp32: what is timed is the same work."""
     pytest.importorskip("transformers")
-    llama = Llama(Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2))
-    llama.save_pretrained(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 40, (length,), generator=generator).tolist() for length in (5, 30, 12, 9)]
-    job = {"prompts": prompts, "new_tokens": 16, "dtype": "float32", "batch": 3, "draft": 7, "passes": 1}
-    ours, theirs = bench.align_ours(job, tmp_path, "cpu"), bench.align_transformers(job, tmp_path, "cpu")
+    checkpoint.save(Llama(Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=stops)), tmp_path)
+    job = dict(prompts=random_prompts(5, 30, 12, 9), dtype="float32", batch=3, passes=1)
+    ours = here("align_ours", tmp_path, "cpu", draft=7, **job)
+    theirs = here("align_transformers", tmp_path, "cpu", **job)
     assert ours["written"] == theirs["written"] and any(ours["written"])
 
 
-SIZE = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-KERNELS = dict(config=SIZE, cache=(3, 50), prompts=[9, 5, 3], documents=(4, 7), rows=(2, 20), least=0)
+def random_prompts(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 40, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernels_are_timed_at_any_size(dtype):
-    found = bench.kernels({**KERNELS, "dtype": dtype}, None, "cpu")
-    assert len(found) == 5 and all(min(ours, theirs) > 0 for _, _, ours, theirs in found)
-
-
-def unmasked(q, k, v, hide):
-    return model.sdpa(q[:, None], k.transpose(1, 2), v.transpose(1, 2), scale=1.0)[:, 0]
-
-
-def seeing_the_future(q, k, v):
-    return model.sdpa(q, k, v, is_causal=not q.requires_grad)
-
-
-def of_three_tokens(llama, cache, prompts):
-    return llama(torch.tensor([prompt[-3:] for prompt in prompts]))[:, -1]
-
-
-@pytest.mark.parametrize("name, wrong, what", [
-    ("cached_attention", unmasked, "cache"), ("prefill", of_three_tokens, "prefill"),
-    ("causal_attention", seeing_the_future, "training")])
-def test_a_kernel_that_gives_something_else_is_not_timed(monkeypatch, name, wrong, what):
-    monkeypatch.setattr(model, name, wrong)
-    with pytest.raises(SystemExit, match=f"{what}.*not what the plain way gives"):
-        bench.kernels({**KERNELS, "dtype": "float32"}, None, "cpu")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_are_timed_at_any_size(tmp_path, dtype):
-    job = dict(config=SIZE, adapters=3, rank=2, tokens=7, answers=(1, 5), calls=2, dtype=dtype)
-    found = bench.adapters(job, tmp_path, "cpu")
-    assert [answers for answers, _, _ in found] == [1, 5] and all(min(times) > 0 for _, *times in found)
-
-
-def test_adapters_that_score_something_else_are_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(model.LoraLinear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight))
-    scores = model.document_scores
-    monkeypatch.setattr(model, "document_scores", lambda *args: scores(*args).roll(1))
-    with pytest.raises(AssertionError):
-        bench.adapters(dict(config=SIZE, adapters=3, rank=2, tokens=7, answers=(2,), calls=2, dtype="float32"), tmp_path, "cpu")
+def test_edits_come_back_in_the_order_of_their_prompts(tmp_path):
+    """The longest prompt is edited first; each edit is that of its own prompt, and as many are copied as were."""
+    llama = Llama(Config(**SIZE))
+    checkpoint.save(llama, tmp_path)
+    prompts = random_prompts(5, 30, 12, 9)
+    found = here("align_ours", tmp_path, "cpu", prompts=prompts, dtype="float32", batch=3, passes=2, draft=7)
+    alone = [generate.generate(llama, [prompt], bench.NEW_TOKENS, stop_ids=(2,))[0] for prompt in prompts]
+    assert found["written"] == alone and len(set(map(tuple, alone))) == 4
+    assert found["seconds"] > 0 and 0 < found["copied"] < 1, "noise soon repeats itself"
 
 
 def test_large_shapes_have_the_published_numbers_of_parameters():
     for name, published in (("1.1B", 1_100_048_384), ("7B", 6_738_415_616)):
-        label, size = bench.shape(name, "cuda")
+        label, size = bench.large_size(name, "cuda")
         with torch.device("meta"):
             assert label == name and sum(p.numel() for p in Llama(Config(**size)).parameters()) == published
-        assert bench.shape(name, "cpu") == ("40M", bench.SIZE)
+        assert bench.large_size(name, "cpu") == ("40M", bench.SIZE)
 
 
 @pytest.mark.parametrize("dtype, tied", [(torch.float32, False), (torch.bfloat16, True)])
@@ -131,59 +117,69 @@ def test_a_fresh_model_lacks_nothing(dtype, tied):
 
 
 @pytest.mark.parametrize("chosen", [
-    {}, dict(bf16_moments=True, checkpoint_activations=True), dict(lora_rank=3, clip=0.1), dict(precision="fp32")])
+    {}, dict(bf16_moments=True, checkpoint_activations=True), dict(lora_rank=3, max_grad_norm=0.1),
+    dict(precision="fp32")])
 def test_a_timed_step_is_one_of_training(tmp_path, chosen):
     """Two steps of train.train, in which the learning rate is still the highest, leave the same weights."""
-    options = train.Options(**{"lr": 1e-2, "warmup": 0, "batch": 6, "epochs": 1, "micro_tokens": 30, "clip": 0.5,
-                               "weight_decay": 0.1, "precision": "bf16", **chosen})
-    generator = torch.Generator().manual_seed(0)
-    examples = [(torch.randint(60, (length,), generator=generator).tolist(), length % 4) for length in range(5, 17)]
-    stage, llamas = train.Stage("sft", examples), []
+    options = train.Options(**{"lr": 1e-2, "warmup": 0, "batch": 6, "epochs": 1, "micro_tokens": 30,
+                               "max_grad_norm": 0.5, "weight_decay": 0.1, "precision": "bf16", **chosen})
+    stage = train.Stage("sft", bench.examples_from([(ids, len(ids) % 4) for ids in random_prompts(*range(5, 17))]))
+    llamas = []
     for _ in range(2):
         llama = Llama(Config(**SIZE))
-        llamas.append(model.add_lora(llama, options.lora_rank, tmp_path) if options.lora_rank else llama)
+        llamas.append(lora.add_lora(llama, options.lora_rank, tmp_path) if options.lora_rank else llama)
     tokenizer = SimpleNamespace(to_str=lambda: "{}")
     rows = train.train(llamas[0], tokenizer, [stage], tmp_path / "out", options, progress=False)
-    assert [row["lr"] for row in rows] == [1e-2, 1e-2] and max(row["grad_norm"] for row in rows) > options.clip
-    batches = [train.examples_of(stage, step, options) for step in range(2)]
-    bench.timed_steps({"batches": batches}, llamas[1], options, "cpu")
+    assert [row["lr"] for row in rows] == [1e-2, 1e-2] and max(row["grad_norm"] for row in rows) > options.max_grad_norm
+    chosen = [[example.documents[0] for example in train.examples_of(stage, step, options)] for step in range(2)]
+    batches = [[(list(document.ids), document.start) for document in documents] for documents in chosen]
+    bench.timed_steps(llamas[1], batches, options, "cpu")
     assert llamas[1].checkpoint_activations == options.checkpoint_activations
     untrained = dict(Llama(Config(**SIZE)).named_parameters())
-    for (name, expected), found in zip(llamas[0].named_parameters(), llamas[1].parameters()):
+    for (name, expected), found in zip(llamas[0].named_parameters(), llamas[1].parameters(), strict=True):
         assert torch.equal(expected, found), name
         assert name not in untrained or torch.equal(found, untrained[name]) == bool(options.lora_rank), name
-
-
-def here(kind, folder, args, **job):
-    """As bench.measure, but in this process."""
-    return bench.JOBS[kind](json.loads(json.dumps(job)), folder, args.device)
-
-
-ARGS = SimpleNamespace(device="cpu", steps=1, peer=None)
-RATES = {"flops": 1e9, "bytes": 1e9}
 
 
 def test_lora_moves_its_adapters_alone(tmp_path, monkeypatch):
     moved, steps = {}, bench.timed_steps
 
-    def watched(job, llama, options, device):
+    def watched(llama, *words):
         before = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
-        found = steps(job, llama, options, device)
+        found = steps(llama, *words)
         moved.update({name: not torch.equal(before[name], now) for name, now in llama.named_parameters()})
         return found
     monkeypatch.setattr(bench, "timed_steps", watched)
-    job = dict(config=SIZE, batches=bench.random_batches(60, [7, 5], 4), options=dict(lora_rank=2))
-    found = here("large", tmp_path, ARGS, **job)
+    batches = bench.random_batches(60, [7, 5], 4)
+    found = here("train_large", tmp_path, "cpu", batches=batches, config=SIZE, options=dict(lora_rank=2))
     assert found["tokens"] == 2 * 12 and found["seconds"] > 0 and found["peak"] > 0
     assert any(moved.values()) and all(was == ("lora_" in name) for name, was in moved.items()), moved
+
+
+def test_what_precedes_the_first_tokens_is_not_in_the_time_of_one(tmp_path, monkeypatch):
+    now = 0.0
+
+    def write_slowly(llama, prompts, count):
+        nonlocal now
+        assert len(prompts) == 1
+        now += 7 + count / 2
+    monkeypatch.setattr(generate, "generate", write_slowly)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    found = here("decode", tmp_path, "cpu", config=SIZE, dtype="bfloat16")
+    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
+    assert found == {"seconds": 0.5, "bytes": 2 * (blocks + 32 + 60 * 32)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The parts
 
 
 def test_large_models_give_figures(tmp_path, monkeypatch, capsys):
     jobs = []
     monkeypatch.setattr(bench, "SIZE", SIZE)
     monkeypatch.setattr(bench, "measure", lambda *words, **job: jobs.append(job) or here(*words, **job))
-    bench.bench_large(ARGS, tmp_path, RATES)
-    bench.bench_decode(ARGS, tmp_path, RATES)
+    bench.bench_large(tmp_path, "cpu", RATES, steps=1)
+    bench.bench_decode(tmp_path, "cpu", RATES)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:46].rstrip() for line in lines] == [
         "large: full, 40M, 2,048 tokens, real tokens/s", "large: full, 40M, lean, GiB",
@@ -191,23 +187,27 @@ def test_large_models_give_figures(tmp_path, monkeypatch, capsys):
     assert all(float(line[46:60].replace(",", "")) > 0 for line in lines)
     assert "% of the matrix product" in lines[0] and "% of the copy" in lines[3]
     for job in jobs[:3]:
-        for examples in job["batches"]:
-            packed = list(train.pack(examples, job["options"]["micro_tokens"], torch.device("cpu")))
-            assert [len(batch.tokens) for batch in packed] == [2048] * len(packed)
-            assert all(len(batch.targets) == 2048 - len(batch.lengths) for batch in packed)
+        for batch in packed(job, range(3)):
+            assert sum(batch.lengths) == len(batch.tokens) == 2048
+            assert len(batch.targets) == 2048 - len(batch.lengths)
+
+
+def packed(job, steps):
+    """The Batches of some steps of a measurement."""
+    return [batch for step in steps for batch in
+            train.pack(bench.examples_from(job["batches"][step]), job["options"]["micro_tokens"], torch.device("cpu"))]
 
 
 def test_on_a_gpu_the_shapes_are_large(tmp_path, monkeypatch, capsys):
     """Nothing is run: what would be, and the line of a step of 16,384 tokens in a second."""
     jobs = []
     monkeypatch.setattr(bench, "measure", lambda *_, **job: jobs.append(job) or dict(tokens=16384, seconds=1, peak=9.5))
-    bench.bench_large(SimpleNamespace(device="cuda", steps=1, peer=None), tmp_path, {"flops": 4e14})
+    bench.bench_large(tmp_path, "cuda", {"flops": 4e14}, steps=1)
     assert [job["config"]["num_hidden_layers"] for job in jobs] == [22, 22, 32]
-    packed = [[batch.lengths for batch in train.pack(job["batches"][0], job["options"]["micro_tokens"],
-                                                     torch.device("cpu"))] for job in jobs]
-    assert packed == [[[700] * 8 + [1348] * 8], [[700, 1348], [2048]], [[700, 1348], [2048]]]
-    assert jobs[0]["options"]["compile"] and not jobs[0]["options"].get("checkpoint_activations")
-    first, lean, lora = capsys.readouterr().out.splitlines()
+    lengths = [[batch.lengths for batch in packed(job, [0])] for job in jobs]
+    assert lengths == [[[700] * 8 + [1348] * 8], [[700, 1348], [2048]], [[700, 1348], [2048]]]
+    assert not jobs[0]["options"].get("checkpoint_activations")
+    first, lean, rank = capsys.readouterr().out.splitlines()
     # Weights but the embedding and norms, 8 rows of 2,048 tokens less two; half of the scores are not computed.
     multiplied = (1_100_048_384 - 32000 * 2048 - 45 * 2048) * 16384 - 32000 * 2048 * 16
     multiplied += 22 * 8 * 2 * 2048 * (700**2 + 1348**2) / 2
@@ -215,7 +215,7 @@ def test_on_a_gpu_the_shapes_are_large(tmp_path, monkeypatch, capsys):
     assert " ".join(first.split()) == ("large: full, 1.1B, 2,048 tokens, real tokens/s 16,384 "
                                        f"{share} % of the matrix product; 9.5 GiB")
     assert " ".join(lean.split()) == "large: full, 1.1B, lean, GiB 9.5 16,384 tokens/s"
-    assert " ".join(lora.split()) == "large: LoRA of rank 16, 7B, GiB 9.5 16,384 tokens/s"
+    assert " ".join(rank.split()) == "large: LoRA of rank 16, 7B, GiB 9.5 16,384 tokens/s"
 
 
 def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, capsys):
@@ -228,44 +228,169 @@ def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, cap
         return measure(*words, **{**job, "config": dict(SIZE, vocab_size=2**42)})
     monkeypatch.setattr(bench, "SIZE", SIZE)
     monkeypatch.setattr(bench, "measure", short_of_memory)
-    bench.bench_large(ARGS, tmp_path, RATES)
+    bench.bench_large(tmp_path, "cpu", RATES, steps=1)
     lines = capsys.readouterr().out.splitlines()
     assert ["failed: " in line for line in lines] == [False, True, False]
     assert lines[1].startswith("large: full, 40M, lean, GiB  ") and "memory" in lines[1]
 
 
-def test_what_precedes_the_first_tokens_is_not_in_the_time_of_one(tmp_path, monkeypatch):
-    now = 0.0
-
-    def generate(llama, prompts, count, stop_ids, draft):
-        nonlocal now
-        assert len(prompts) == 1 and stop_ids == () and draft == 0
-        now += 7 + count / 2
-    monkeypatch.setattr(model, "generate", generate)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
-    found = here("decode", tmp_path, ARGS, config=SIZE, dtype="bfloat16")
-    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
-    assert found == {"seconds": 0.5, "bytes": 2 * (blocks + 32 + 60 * 32)}
-
-
-def test_a_machine_is_measured(tmp_path):
-    done = run("machine", "decode", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert [row[0] for row in rows] == ["machine:", "machine:", "decode:"] and "failed" not in done.stdout
+@pytest.mark.parametrize("peer", [None, "python"])
+def test_training_is_compared(tmp_path, monkeypatch, capsys, peer):
+    """TRL is handed the very batches that ours trains on: 8 examples of BOS, an embedded text and EOS."""
+    jobs = {}
+    monkeypatch.setattr(bench, "measure", lambda kind, folder, *_, **job: jobs.update({kind: job}) or dict(
+        tokens=1000, seconds=2 if kind == "train_ours" else 8, peak=3.5))
+    bench.bench_train(tmp_path, "cpu", RATES, peer, steps=2, pairs=None, tokenizer=None)
+    batches = jobs["train_ours"]["batches"]
+    documents = [document for batch in batches for document in batch]
+    assert [len(batch) for batch in batches] == [8] * 4 and len({tuple(ids) for ids, _ in documents}) == 32
+    assert all(ids[0] == 1 and ids[-1] == 2 and start == 1 and len(ids) <= bench.MAX_TOKENS for ids, start in documents)
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.startswith("train: SFT, 40M, real tokens/s 500 125 4.00 x " if peer else
+                            "train: SFT, 40M, real tokens/s 500 ") and ("TRL 3.5 GiB" in words) == bool(peer)
+    eos = checkpoint.load_tokenizer(tmp_path).id_to_token(2)
+    assert jobs.get("train_trl") == ({"batches": batches, "eos": eos} if peer else None)
+    assert checkpoint.load(tmp_path).config == Config(**bench.SIZE)
 
 
-def test_bad_input_gets_one_line(tmp_path):
-    for words, said in ((["flying"], "no such part"), (["copy", "--aligner", tmp_path], "make train"),
-                        (["train", "--pairs", "x.jsonl"], "--tokenizer"), (["machine", "--device", "abacus"], "abacus")):
-        done = run(*words)
-        assert done.returncode == 2 and said in done.stderr.strip().splitlines()[-1], done.stderr
-        assert "Traceback" not in done.stderr
+def test_too_few_pairs_are_told(tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", *[{"prompt": "Hello", "completion": " there"}] * 23)
+    tokenizer = toy.train_tokenizer(["Hello there"])
+    with pytest.raises(bench.UserError, match="23 of 24 examples"):
+        bench.training_batches(tokenizer, pairs, 1)
+    write(pairs, *[{"prompt": "Hello", "completion": " there"}] * 24)
+    batches = bench.training_batches(tokenizer, pairs, 1)
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    ids, start = batches[2][7]
+    assert tokenizer.decode(ids[1:start]) == "Hello" and tokenizer.decode(ids[start:-1]) == " there"
+
+
+@pytest.fixture(scope="module")
+def aligner(tmp_path_factory):
+    """A folder with an untrained aligner of the embedded world's kind."""
+    folder = tmp_path_factory.mktemp("aligner")
+    tokenizer = toy.train_tokenizer(list(toy.pretraining_texts(100, 0)), 400)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    checkpoint.save(Llama(Config(**{**SIZE, "vocab_size": 400}, bos_token_id=0, eos_token_id=1, rope_theta=5e3,
+                                 tie_word_embeddings=True, max_position_embeddings=1024)), folder)
+    return folder
+
+
+def test_the_aligner_is_timed_as_it_is_and_widened(tmp_path, aligner):
+    (label, narrow), (wide_label, wide) = bench.aligners(tmp_path, aligner)
+    small, big = checkpoint.load(narrow), checkpoint.load(wide)
+    millions = sum(p.numel() for p in checkpoint.load(aligner).parameters()) / 1e6
+    assert (label, wide_label) == (f"{millions:.1f}M", "40M")
+    assert 35e6 < sum(p.numel() for p in big.parameters()) < 65e6
+    assert (big.config.stop_ids, big.config.rope_theta, big.config.hidden_size) == ((1,), 5e3, 512)
+    tokens = torch.randint(400, (1, 50), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(logits(big, tokens)[..., :400], logits(small, tokens), atol=1e-4)
+
+
+def test_what_cannot_be_widened_is_told(tmp_path):
+    for odd in (dict(hidden_size=1024), dict(num_attention_heads=2, head_dim=48), dict(attention_bias=True)):
+        checkpoint.save(Llama(Config(**{**SIZE, **odd})), tmp_path / "odd")
+        with pytest.raises(bench.UserError, match="cannot be widened"):
+            bench.aligners(tmp_path, tmp_path / "odd")
+
+
+def test_aligning_is_compared_at_the_best_batch_of_each(tmp_path, monkeypatch, capsys, aligner):
+    took = {("align_ours", 32): 4.0, ("align_ours", 64): 8.0, ("align_transformers", 1): 32.0,
+            ("align_transformers", 16): 10.0, ("align_transformers", 64): None}
+    jobs = []
+
+    def measured(kind, folder, device, peer=None, **job):
+        jobs.append((kind, job["batch"], job.get("draft"), job["prompts"]))
+        time = took[kind, job["batch"]]
+        written = [[place] if kind == "align_ours" else [place % 2] for place in range(len(job["prompts"]))]
+        return time and dict(seconds=time, written=written, copied=0.25, peak=1.0)
+    monkeypatch.setattr(bench, "measure", measured)
+    bench.bench_align(tmp_path, "cpu", "python", aligner, None, 4)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ("align: 40M, answers/s 1.00 0.40 2.50 x batch 32, 25 % copied; transformers best at 16: 1: "
+                        "0.12, 16: 0.40; 2 of 4 the same text")
+    assert len(lines) == 2 and lines[0].startswith("align: 0.0M, answers/s 1.00 0.40 2.50 x")
+    assert [job[:3] for job in jobs] == [
+        ("align_ours", 32, 15), ("align_ours", 64, 15), ("align_transformers", 1, None),
+        ("align_transformers", 16, None), ("align_transformers", 64, None)] * 2
+    assert all(job[3] == jobs[0][3] and len(job[3]) == 4 for job in jobs), "the same prompts for all"
+    bench.bench_align(tmp_path, "cpu", None, aligner, None, 4)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "align: 40M, answers/s 1.00 batch 32, 25 % copied"
+
+
+def test_prompts_are_spread_over_the_answers(tmp_path, aligner):
+    writer = bench.Writer(aligner, "cpu")
+    rows = [{"prompt": f"Question {i}?", "responses": [{"text": f"Answer {i}." * (400 if i % 2 else 1)}]}
+            for i in range(8)]
+    answers = write(tmp_path / "answers.jsonl", *rows)
+    texts = [writer.tokenizer.decode(ids) for ids in bench.answer_prompts(writer, answers, 2)]
+    assert ["Answer 0." in texts[0], "Answer 4." in texts[1], len(texts)] == [True, True, 2], "1, 3, ... do not fit"
+    assert all(data.DESCRIPTIONS[name] in text for name in ("harmless", "helpful") for text in texts)
+    with pytest.raises(bench.UserError, match="no answer that fits"):
+        bench.answer_prompts(writer, write(tmp_path / "long.jsonl", rows[1]), 2)
+
+
+def test_copying_is_compared_on_edits_that_keep_70_percent(tmp_path, monkeypatch, capsys, aligner):
+    """A third of the edits drop 30 % of their answer, the others all or nothing."""
+    found, jobs = [([5] * (i + 9), list(range(i, i + 20))) for i in range(60)], []
+    edits = [answer[:(14, 0, 20)[i % 3]] for i, (_, answer) in enumerate(found)]
+
+    def measured(kind, folder, device, **job):
+        jobs.append((job["batch"], job["draft"], job["prompts"]))
+        written = edits if len(jobs) == 1 else [[1] * 10] * len(job["prompts"])
+        return dict(seconds=1.0 if job["draft"] else 2.0, written=written, copied=0.5)
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "embedded_prompts", lambda writer, count: found)
+    bench.bench_copy(tmp_path, "cpu", aligner)
+    chosen = [prompt for prompt, _ in found][::3]
+    assert [job[:2] for job in jobs[1:]] == [(1, 15), (1, 0), (16, 15), (16, 0)] * 2
+    assert all(prompts == chosen[:16 if batch == 1 else 64] for batch, _, prompts in jobs[1:])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[3] == ("copy: 40M, batch 16, new tokens/s 200 100 2.00 x 50 % copied; 20 of 20 the same text; against "
+                        "draft=0")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_a_machine_is_measured(monkeypatch, capsys):
+    assert run(bench, monkeypatch, ["machine", "decode", "--device", "cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["machine:", "machine:", "decode:"] and "failed:" not in rows[2]
+
+
+def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys):
+    for words, *said in (["flying"], "no such part"), (["copy", "--aligner", tmp_path], "make train"), \
+            (["train", "--pairs", "x.jsonl"], "--tokenizer"), (["machine", "--device", "abacus"], "abacus"), \
+            (["train", "--steps", "0"], "at least 1"):
+        refused(bench, monkeypatch, capsys, words, *said)
+
+
+def test_without_an_aligner_all_is_the_rest(tmp_path, aligner, capsys):
+    assert bench.parts_wanted([], tmp_path) == ["train", "large", "decode"] and "make train" in capsys.readouterr().err
+    assert bench.parts_wanted(["machine", "decode", "train"], tmp_path) == ["train", "decode"]
+    assert bench.parts_wanted([], aligner) == list(bench.PARTS)
 
 
 def test_a_peer_that_fails_is_told_and_passed_over(tmp_path, capsys):
-    class Args:
-        device, peer = "cpu", "/bin/false"
-    assert bench.measure("train_trl", tmp_path, Args, peer=True, batches=[]) is None
+    assert bench.measure("train_trl", tmp_path, "cpu", "/bin/false", batches=[], eos="x") is None
     assert "train_trl: failed" in capsys.readouterr().err
     assert json.loads((tmp_path / "job.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize("kind", sorted(bench.PEERS))
+def test_a_peer_needs_nothing_of_ours(tmp_path, kind):
+    """Its Python runs this file with torch and the peer alone."""
+    (tmp_path / "job.json").write_text("{}")
+    watch = (f"import json, runpy, sys; sys.argv = ['bench.py', '--job', {kind!r}, {str(tmp_path)!r}]\n"
+             f"sys.path.insert(0, {str(ROOT)!r})\n"
+             "try: runpy.run_path('bench.py', run_name='__main__')\n"
+             "except TypeError as error: print(error)\n"
+             "print(json.dumps(sorted(sys.modules)))")
+    said = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    error, modules = said.stdout.splitlines()
+    assert f"{kind}() missing" in error and "'batch" in error, said
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"tokenizers", "safetensors"}
+    assert ours & set(json.loads(modules)) == {"common"}

@@ -1,4 +1,4 @@
-"""Judges, win rates and reports, against figures worked out by hand and a server that misbehaves."""
+"""Judges and win rates, against figures worked out by hand, and the command line."""
 import csv
 import gzip
 import json
@@ -9,19 +9,21 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy
 import pytest
 
 import eval as evaluation
+import test_endpoint
 import toy
-from data import Objective, UserError
-from eval import Endpoint, endpoint_judge, evaluate, exact_judge, read_verdict, word_diff
+from data import Objective
+from eval import endpoint_judge, evaluate, exact_judge, mean_and_interval, read_verdict
+from report import policy_chart, table_text
+from test_endpoint import client
+
+serve = test_endpoint.serve  # a fixture
 
 ROOT = Path(__file__).parents[1]
 HIGH = Objective("high", "The number should be high")
@@ -44,7 +46,8 @@ def row(original, aligned, golden=None, prompt="\n\nHuman: How many?\n\nAssistan
 ROWS = [row(1, 3, 2, "a"), row(2, 2, 2, "b"), row(3, 1, 2, "c"), row(1, 2, 2, "d"), row(1, 3, 2, "e")]
 
 
-# -------------------------------------------------------------------------------------------- win rates
+# ----------------------------------------------------------------------------------------------------------------
+# Win rates
 
 
 def test_figures_worked_out_by_hand():
@@ -83,7 +86,7 @@ def test_rows_without_golden_answers_have_only_the_direct_comparison():
     none = evaluate([row(1, 2), row(2, 1, prompt="b")], None, exact_judge(score), progress=False)
     assert none["objectives"]["high"]["gain"] is None and none["words"]["golden"] is None
     assert none["objectives"]["high"]["net"] == 0
-    assert "high" in evaluation.policy_chart(none) and "+0.0" in evaluation.table_text({"policy": none})
+    assert "high" in policy_chart(none) and "+0.0" in table_text({"policy": none})
 
 
 def test_each_row_is_judged_on_its_own_objectives_unless_others_are_asked_for():
@@ -101,7 +104,7 @@ def test_the_order_shown_is_random_and_does_not_matter_to_an_honest_judge():
         assert 40 < biased[rate] < 60  # 4 standard deviations; shown in one order it would be 100
     assert abs(biased["net"]) < 20
     one, other = (evaluate(ROWS, None, exact_judge(score), seed=seed, progress=False) for seed in (1, 2))
-    assert one["verdicts"] == other["verdicts"]
+    assert one["verdicts"] == other["verdicts"] and len(one["verdicts"]) == len(ROWS)
 
 
 def test_interval_agrees_with_the_normal_approximation():
@@ -123,214 +126,27 @@ def test_interval_agrees_with_the_normal_approximation():
 
 def test_interval_covers_the_truth_as_often_as_it_says():
     generator, covered = numpy.random.default_rng(0), 0
-    judged = [({"prompt": str(number)}, None, None) for number in range(60)]
+    prompts = [str(number) for number in range(60)]
     for _ in range(400):  # gains of +1, 0, -1 with probabilities that make the truth +0.3
         values = generator.choice([1.0, 0.0, -1.0], 60, p=[0.5, 0.3, 0.2])
-        low, high = evaluation.mean_and_interval(values, judged, seed=0)[1]
+        low, high = mean_and_interval(values, prompts, seed=0)[1]
         covered += low <= 30 <= high
     assert 0.90 <= covered / 400 <= 0.98
 
 
 def test_rows_of_one_prompt_are_no_new_evidence():
     values = numpy.array([1.0, 0.0, 1.0, -1.0, 0.5])
-    judged = [({"prompt": str(number)}, None, None) for number in range(5)]
-    once = evaluation.mean_and_interval(values, judged, seed=0)
-    four_times = evaluation.mean_and_interval(numpy.tile(values, 4), judged * 4, seed=0)
+    prompts = list("abcde")
+    once = mean_and_interval(values, prompts, seed=0)
+    four_times = mean_and_interval(numpy.tile(values, 4), prompts * 4, seed=0)
     assert four_times[0] == pytest.approx(once[0]) and four_times[1] == pytest.approx(once[1])
-    assert evaluation.mean_and_interval(values[:1], judged[:1], 0) == (100.0, None)
-    assert evaluation.mean_and_interval(values[:0], [], 0) == (None, None)
+    assert once[1][0] < once[0] < once[1][1]
+    assert mean_and_interval(values[:1], prompts[:1], 0) == (100.0, None)
+    assert mean_and_interval(values[:0], [], 0) == (None, None)
 
 
-# ------------------------------------------------------------------------------------- diffs and reports
-
-
-TEXTS = ["", "one", "The cat sat.", "The dog sat down,\n\nthen  it slept. ", "  <b>bold</b> & \"x\"",
-         "a b a b a c", "été 猫"]
-
-
-@pytest.mark.parametrize("before", TEXTS)
-@pytest.mark.parametrize("after", TEXTS)
-def test_word_diff_holds_both_texts(before, after):
-    pieces = word_diff(before, after)
-    assert "".join(text for op, text in pieces if op != "+") == before
-    assert "".join(text for op, text in pieces if op != "-") == after
-    assert all(text for _, text in pieces)
-    coloured = evaluation.ansi_diff(before, after)
-    assert re.sub(r"\033\[31m.*?\033\[0m|\033\[\d+m", "", coloured, flags=re.DOTALL) == after
-
-
-def test_word_diff_keeps_what_is_common():
-    assert word_diff("You are wrong, sir.", "You are right, sir.") == [
-        (" ", "You are "), ("-", "wrong"), ("+", "right"), (" ", ", sir.")]
-    assert word_diff("a b c", "a b c d") == [(" ", "a b c"), ("+", " d")]
-    many = "word another. " * 7000
-    began = time.perf_counter()
-    assert word_diff(many, many + "end") == [(" ", many), ("+", "end")]
-    assert [op for op, _ in word_diff("a " + many, "b another " + many)] == ["-", "+", " "]
-    assert [op for op, _ in word_diff("a " + many + "b", "b " + many + "a")] == ["-", "+"]
-    generator = random.Random(0)
-    word_diff(*(" ".join(generator.choice("ab") for _ in range(1200)) for _ in range(2)))
-    assert time.perf_counter() - began < 5
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags, attributes and text, and the texts of ins and del."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.marked, self.open = set(), [], "", [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes += attributes
-        self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert tag in self.open, f"</{tag}> closes nothing"
-        while self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] in ("ins", "del"):
-            self.marked.append((self.open[-1], data))
-
-
-def test_report_is_one_safe_page(tmp_path):
-    evil = '<script>alert("x")</script><img src=http://example.org/a.png>'
-    rows = [{"prompt": f"\n\nHuman: {evil}\n\nAssistant:", "original": f"1 {evil} old",
-             "aligned": f"2 {evil} new", "golden": "1", "objectives": [str(Objective(f"high {evil}", evil))]}]
-    rows.append({**rows[0], "prompt": "other"})
-    result = evaluate(rows, None, exact_judge(score), progress=False)
-    examples = {evil: evaluation.pick_examples(rows, result)}
-    assert len(examples[evil]) == 2
-    path = tmp_path / "new folder" / "report.html"
-    figures = [("A figure", "<svg></svg>")]
-    evaluation.write_report(path, {evil: result, "other": result}, examples, evil, evil, figures)
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.tags & {"script", "img", "link", "iframe"} and "src" not in dict(page.attributes)
-    assert "url(" not in text and "@import" not in text
-    assert page.text.count(evil) >= 4  # the title, the heading, the prompt, the objective, all as plain text
-    assert page.marked[:4] == [("del", "1"), ("ins", "2"), ("del", "old"), ("ins", "new")]
-    assert "A figure" in page.text and {"svg", "ins", "del", "table", "rect"} <= page.tags
-    assert os.listdir(path.parent) == ["report.html"]
-
-
-def test_half_surrogates_do_not_stop_a_report(tmp_path):
-    rows = [row(1, 2, 1, "a \ud800"), row(1, 2, 1, "b")]
-    result = evaluate(rows, None, exact_judge(score), progress=False)
-    examples = {"p": evaluation.pick_examples(rows, result)}
-    assert len(examples["p"]) == 2
-    evaluation.write_report(tmp_path / "r.html", {"p": result}, examples, "t")
-    assert "a ?" in (tmp_path / "r.html").read_text(encoding="utf-8")
-
-
-def test_examples_are_rows_that_changed():
-    rows = [row(number, number + (number % 2), prompt=str(number)) for number in range(20)]
-    result = evaluate(rows, None, exact_judge(score), progress=False)
-    examples = evaluation.pick_examples(rows, result, count=4, seed=1)
-    assert len(examples) == 4 and all(int(example["prompt"]) % 2 for example in examples)
-    assert examples == evaluation.pick_examples(rows, result, count=4, seed=1)
-    assert {example["verdicts"]["high"]["aligned original"] for example in examples} == {1.0}
-
-
-def test_table_fits_a_terminal():
-    long = Objective("an_objective_with_a_very_long_name_indeed", "x")
-    rows = [row(1, 2, 2, str(n), [long]) for n in range(4)] + [row(2, 1, 1, str(n), [HIGH]) for n in range(4)]
-    room = evaluation.exact_room(score, lambda name: 9)
-    result = evaluate(rows, None, exact_judge(score), progress=False, room=room)
-    figures = result["objectives"]["high"]
-    figures.update(n=15000, win_rate_original=100.0, win_rate_aligned=100.0, gain=-100.0,
-                   gain_interval=[-100.0, -100.0], words={"original": 1234, "aligned": 1234})
-    lines = evaluation.table_text({"policy": result}).splitlines()
-    assert max(map(len, lines)) <= 110
-    assert any(re.search(r"high +15000 +100.0 -> 100.0 +-100.0 \[-100.0, -100.0\]", line) for line in lines)
-
-
-# --------------------------------------------------------------------------------------- a server to mistrust
-
-
-class Server:
-    """An OpenAI-compatible server that does to each request what `script(number, payload)` says:
-    a text to reply, ("status", code, body, headers), ("raw", bytes), ("hang", seconds) or "close"."""
-
-    def __init__(self, script):
-        self.script, self.requests, self.headers = script, [], []
-        self.busy = self.most = 0
-        self.guard = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            wbufsize = 1 << 16  # head and body leave together
-
-            def do_POST(self):
-                outer.handle(self)
-
-            def log_message(self, *_):
-                pass
-
-        class Listener(ThreadingHTTPServer):
-            request_queue_size = 64  # with the default of 5, a burst of connections waits a second
-
-        self.http = Listener(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle(self, request):
-        payload = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-        with self.guard:
-            number = len(self.requests)
-            self.requests.append(payload)
-            self.headers.append((request.path, dict(request.headers)))
-            self.busy += 1
-            self.most = max(self.most, self.busy)
-        action = self.script(number, payload)
-        with self.guard:  # before the reply, so that the client's next request does not count beside this one
-            self.busy -= 1
-        try:
-            self.answer(request, action)
-        except OSError:
-            pass  # the client did not wait
-
-    def answer(self, request, action):
-        code, headers = 200, {}
-        if action == "close":
-            request.close_connection = True
-            return
-        if isinstance(action, str):
-            body = json.dumps({"choices": [{"message": {"role": "assistant", "content": action}}]}).encode()
-        elif action[0] == "hang":
-            time.sleep(action[1])
-            return
-        elif action[0] == "raw":
-            body = action[1]
-        else:
-            _, code, body, headers = action
-            body = body.encode()
-        request.send_response(code)
-        for name, value in headers.items():
-            request.send_header(name, value)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body)
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    servers = []
-
-    def start(script):
-        servers.append(Server(script if callable(script) else lambda number, payload: script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+# ----------------------------------------------------------------------------------------------------------------
+# Judges that are asked
 
 
 def honest(number, payload):
@@ -340,14 +156,6 @@ def honest(number, payload):
     first, second = (score(name, "", re.search(rf"<answer_{letter}>\n(.*)\n</answer_{letter}>", text)[1])
                      for letter in "ab")
     return "Tie." if first == second else "**A**" if first > second else "Answer: B"
-
-
-def client(server, **options):
-    return Endpoint(server.url, "judge", **{"backoff": 0.01, "timeout": 5, **options})
-
-
-def ask(endpoint, text="hello", **extra):
-    return evaluation.reply_text(endpoint.chat([{"role": "user", "content": text}], 16, **extra))
 
 
 @pytest.mark.parametrize("reply, verdict", [
@@ -366,13 +174,12 @@ def test_verdicts_are_read_strictly(reply, verdict):
 def test_endpoint_judge_finds_what_the_exact_judge_finds(serve, tmp_path):
     server = serve(honest)
     generator = random.Random(0)
-    rows = [row(*(generator.randint(1, 4) for _ in range(3)), str(number), [HIGH, LOW])
-            for number in range(12)]
+    rows = [row(*(generator.randint(1, 4) for _ in range(3)), str(number), [HIGH, LOW]) for number in range(12)]
     judge = endpoint_judge(client(server, cache=tmp_path / "cache.jsonl"))
     found = evaluate(rows, None, judge, concurrency=4, progress=False)
     assert found == evaluate(rows, None, exact_judge(score), progress=False)
     texts = [request["messages"][0]["content"] for request in server.requests]
-    assert len(set(texts)) == len(texts), "a question was asked twice"
+    assert len(set(texts)) == len(texts) > 0, "a question was asked twice"
     again = endpoint_judge(client(server, cache=tmp_path / "cache.jsonl"))
     assert evaluate(rows, None, again, concurrency=4, seed=5, progress=False)["verdicts"] == found["verdicts"]
     assert len(server.requests) == len(texts), "the second run asked again"
@@ -392,109 +199,8 @@ def test_garbage_verdicts_are_counted_not_guessed(serve):
     unequal = evaluate(ROWS[2:], None, judge, progress=False)
     high = unequal["objectives"]["high"]
     assert (high["n"], high["win_rate_original"], high["gain"], high["net"]) == (0, None, None, None)
-    assert "11 comparisons" in evaluation.table_text({"p": evaluate(ROWS, None, judge, progress=False)})
-    assert "No comparison could be counted" in evaluation.policy_chart(unequal)
-
-
-BAD = {
-    "overload": ("status", 503, "busy", {}),
-    "rate limit": ("status", 429, '{"error": {"message": "slow down"}}', {}),
-    "server error": ("status", 500, "<html>oops", {}),
-    "hang": ("hang", 0.6),
-    "truncated": ("raw", b'{"choices": [{"message": {"content": "A'),
-    "no choices": ("raw", b'{"error": {"message": "upstream failed"}}'),
-    "not text": ("raw", b"\xff\xfe"),
-    "list": ("raw", b"[1, 2]"),
-    "closed": "close",
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_failure_that_passes_is_tried_again(serve, name):
-    server = serve(lambda number, payload: BAD[name] if number < 2 else "B")
-    endpoint = client(server, timeout=0.3)
-    assert ask(endpoint) == "B"
-    assert len(server.requests) == 3 and endpoint.retried == 2
-
-
-@pytest.mark.parametrize("name", ["overload", "truncated", "closed"])
-def test_a_failure_that_stays_ends_in_one_line(serve, tmp_path, name):
-    server = serve(lambda number, payload: "A" if payload["messages"][0]["content"] == "first" else BAD[name])
-    endpoint = client(server, retries=3, cache=tmp_path / "cache.jsonl")
-    assert ask(endpoint, "first") == "A"
-    with pytest.raises(UserError, match="after 4 attempts.*cache.jsonl") as caught:
-        ask(endpoint)
-    assert "\n" not in str(caught.value) and len(server.requests) == 5
-
-
-def test_retry_after_is_respected(serve):
-    server = serve(lambda number, payload: ("status", 429, "", {"Retry-After": "1"}) if number == 0 else "A")
-    began = time.monotonic()
-    assert ask(client(server)) == "A" and time.monotonic() - began >= 1
-    date = evaluation.email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 <= evaluation.retry_after({"Retry-After": date}) <= 30
-    for value, seconds in (("2.5", 2.5), ("soon", 0), ("", 0), ("-3", 0)):
-        assert evaluation.retry_after({"Retry-After": value}) == seconds
-    for_hours = serve(("status", 429, "quota", {"Retry-After": "7200"}))
-    with pytest.raises(UserError, match="7200 s"):
-        ask(client(for_hours))
-
-
-@pytest.mark.parametrize("code, body, told", [
-    (401, '{"error": {"message": "bad key secret-key"}}', r"401 bad key \*\*\*; is OPENAI_API_KEY set"),
-    (404, '{"detail": "no such\\nmodel"}', "404 no such model"),
-    (400, '{"error": "bad request"}', "400 bad request"), (422, "[1]", "422"), (302, "", "give that URL"),
-    (307, "", "to http://elsewhere/: give that URL"),
-])
-def test_refusals_end_at_once_with_the_servers_words(serve, code, body, told):
-    server = serve(("status", code, body, {"Location": "http://elsewhere/"}))
-    with pytest.raises(UserError, match=told) as caught:
-        ask(client(server, key="secret-key"))
-    assert len(server.requests) == 1 and "\n" not in str(caught.value)
-
-
-def test_nobody_there_is_told_at_once(serve):
-    server = serve("A")
-    server.http.shutdown()
-    server.http.server_close()
-    began = time.monotonic()
-    with pytest.raises(UserError, match="no server answers"):
-        ask(client(server, backoff=10))
-    assert time.monotonic() - began < 5
-    for url in ("localhost:8000", "file:///etc/passwd", "http://", "http://host:port"):
-        with pytest.raises(UserError, match="address"):
-            Endpoint(url, "m")
-
-
-def test_addresses_key_and_extra_fields(serve, monkeypatch):
-    server = serve("A")
-    for url in ("", "/", "/v1", "/v1/", "/v1/chat/completions"):
-        assert ask(Endpoint(server.url + url, "judge", key=" k1\n"), logprobs=True, top_logprobs=5) == "A"
-    assert {path for path, _ in server.headers} == {"/v1/chat/completions"}
-    assert {headers["Authorization"] for _, headers in server.headers} == {"Bearer k1"}
-    assert server.requests[0] == {"model": "judge", "messages": [{"role": "user", "content": "hello"}],
-                                  "max_tokens": 16, "temperature": 0.0, "logprobs": True, "top_logprobs": 5}
-    monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
-    ask(client(server))
-    assert server.headers[-1][1]["Authorization"] == "Bearer from-environment"
-    monkeypatch.setenv("OPENAI_API_KEY", "two\nlines")
-    with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        client(server)
-
-
-def test_fields_that_a_newer_model_refuses_are_changed(serve):
-    def strict(number, payload):
-        if "max_tokens" in payload:
-            return ("status", 400, "Unsupported parameter: 'max_tokens' is not supported with this model. "
-                    "Use 'max_completion_tokens' instead.", {})
-        if "temperature" in payload:
-            return "status", 400, "Unsupported value: 'temperature' does not support 0.0 with this model.", {}
-        return f"A{payload['max_completion_tokens']}"
-
-    server = serve(strict)
-    endpoint = client(server)
-    assert ask(endpoint) == "A16" and len(server.requests) == 3
-    assert ask(endpoint, "again") == "A16" and len(server.requests) == 4
+    assert "11 comparisons" in table_text({"p": evaluate(ROWS, None, judge, progress=False)})
+    assert "No comparison could be counted" in policy_chart(unequal)
 
 
 def test_texts_that_do_not_fit_the_judge_are_left_out(serve):
@@ -508,17 +214,6 @@ def test_texts_that_do_not_fit_the_judge_are_left_out(serve):
     assert (high["n"], high["left_out"], high["unparsed"]) == (5, 1, 2)
 
 
-def test_one_question_from_many_threads_is_asked_once(serve):
-    def slow(number, payload):
-        time.sleep(0.2)
-        return "A"
-
-    server = serve(slow)
-    endpoint = client(server)
-    assert list(evaluation.in_parallel(lambda _: ask(endpoint), range(8), 8)) == ["A"] * 8
-    assert len(server.requests) == 1 and endpoint.reused == 7
-
-
 def test_concurrency_is_used_and_bounded(serve):
     def slow(number, payload):
         time.sleep(0.03)
@@ -530,62 +225,8 @@ def test_concurrency_is_used_and_bounded(serve):
     assert server.most == 3 and len(server.requests) == 60
 
 
-def test_in_parallel_keeps_order_and_stops_at_the_first_error():
-    def uneven(number):
-        time.sleep(0.02 * (number % 3 == 0))
-        return number * number
-
-    assert list(evaluation.in_parallel(uneven, range(20), 4)) == [number * number for number in range(20)]
-    assert list(evaluation.in_parallel(uneven, [], 4)) == []
-    begun = []
-
-    def failing(number):
-        begun.append(number)
-        if number == 5:
-            raise UserError("no")
-        time.sleep(30 if number == 0 else 0.01)
-
-    started = time.monotonic()
-    with pytest.raises(UserError):
-        list(evaluation.in_parallel(failing, range(1000), 4))
-    time.sleep(0.1)
-    assert time.monotonic() - started < 5 and len(begun) < 20
-
-
-def test_cache_survives_a_torn_line(serve, tmp_path):
-    server, cache = serve(lambda number, payload: f"reply {number}"), tmp_path / "cache.jsonl"
-    endpoint = client(server, cache=cache)
-    assert [ask(endpoint, text) for text in "abc"] == ["reply 0", "reply 1", "reply 2"]
-    key = json.loads(cache.read_text().splitlines()[2])["key"]
-    no_reply = json.dumps({"key": key, "reply": {"choices": []}}).encode() + b"\n"
-    torn = cache.read_bytes()[:-10]  # as a kill in the middle of the third line leaves it
-    cache.write_bytes(no_reply + torn)
-    endpoint = client(server, cache=cache)
-    assert [ask(endpoint, text) for text in "abc"] == ["reply 0", "reply 1", "reply 3"]
-    endpoint = client(server, cache=cache)
-    assert [ask(endpoint, text) for text in "cba"] == ["reply 3", "reply 1", "reply 0"]
-    assert len(server.requests) == 4
-    other = Endpoint(server.url, "another model", cache=cache)
-    assert ask(other, "a") == "reply 4"
-    assert ask(endpoint, "a", temperature=0.5) == "reply 5"
-
-
-def test_dialogues_become_messages(serve):
-    dialogue = "\n\nHuman: Hi there\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine.\n\nAssistant:"
-    assert evaluation.chat_messages(dialogue) == [
-        {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!\nHow are you?"},
-        {"role": "user", "content": "Fine."}]
-    assert evaluation.chat_messages("Human: a\n\nHuman: b\n\nAssistant: ") == [
-        {"role": "user", "content": "a\n\nb"}]
-    assert evaluation.chat_messages("Write: a poem") == [{"role": "user", "content": "Write: a poem"}]
-    assert evaluation.chat_messages("\n\nAssistant: Yes?\n\nHuman: No") == [
-        {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "No"}]
-    server = serve("An answer")
-    assert client(server).complete(dialogue, 100, temperature=0.7) == "An answer"
-    assert len(server.requests[0]["messages"]) == 3 and server.requests[0]["temperature"] == 0.7
-
-
-# ---------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def run(*arguments, folder):
@@ -648,6 +289,7 @@ def test_a_killed_run_pays_for_nothing_twice(serve, tmp_path):
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(server.requests) < 40 and process.poll() is None:
         time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "eval-out" / "eval.json").exists()
@@ -699,7 +341,9 @@ def test_bad_files_end_in_one_line(tmp_path, name):
     (["rows.jsonl", "--objectives", "harmles"], "harmless"),
     (["rows.jsonl", "--judge-url", "http://localhost:1"], "--judge-model"),
     (["rows.jsonl", "--judge-url", "localhost", "--judge-model", "m"], "address"),
-    (["rows.jsonl", "--limit", "0"], "--limit"),
+    (["rows.jsonl", "--limit", "0"], "--limit: 0 must be at least 1"),
+    (["rows.jsonl", "--concurrency", "0"], "--concurrency: 0 must be at least 1"),
+    (["rows.jsonl", "--judge-tokens", "some"], "--judge-tokens: invalid int value"),
     (["rows.jsonl", "--out", "rows.jsonl/x"], "rows.jsonl"),
 ])
 def test_bad_arguments_end_without_a_traceback(tmp_path, arguments, told):

@@ -4,12 +4,16 @@ import json
 import pytest
 import torch
 
+import checkpoint
 import data
-import model
+import formats
+import lora
+import resume
 import toy
 import train
-from data import UserError
-from train import Options
+from common import UserError, write_jsonl
+from model import Config, Llama, document_scores, logits
+from train import METHODS, Options
 
 SIZES = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
@@ -31,27 +35,27 @@ def stir(llama, seed=1):
 
 @pytest.fixture
 def base(tmp_path):
-    model.Llama(model.Config(**SIZES), 3).save_pretrained(tmp_path / "base")
+    checkpoint.save(Llama(Config(**SIZES), 3), tmp_path / "base")
     return tmp_path / "base"
 
 
 def adapter(base, seed, rank=4, scorer=True):
     """A folder with a random adapter for the base."""
-    llama = model.Llama.from_pretrained(base, scorer=scorer)
-    stir(model.add_lora(llama, rank, base), seed).save_pretrained(base.parent / f"adapter-{seed}")
+    llama = checkpoint.load(base, scorer=scorer)
+    checkpoint.save(stir(lora.add_lora(llama, rank, base), seed), base.parent / f"adapter-{seed}")
     return base.parent / f"adapter-{seed}"
 
 
 def test_an_adapter_starts_as_the_model_itself_and_is_all_that_is_trained(base):
-    plain, llama = model.Llama.from_pretrained(base), model.add_lora(model.Llama.from_pretrained(base), 4, base)
-    assert torch.equal(llama(tokens()[None]), plain(tokens()[None]))
+    plain, llama = checkpoint.load(base), lora.add_lora(checkpoint.load(base), 4, base)
+    assert torch.equal(logits(llama, tokens()[None]), logits(plain, tokens()[None]))
     names = train.trained(llama)
     assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
 
 
 def test_a_projection_with_an_adapter_is_the_definition(base):
     """W x + alpha / r B A x, written out for one layer."""
-    llama = stir(model.add_lora(model.Llama.from_pretrained(base), 4, base, alpha=6))
+    llama = stir(lora.add_lora(checkpoint.load(base), 4, base, alpha=6))
     layer, x = llama.model.layers[1].mlp.up_proj, torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     expected = [layer.weight @ row + 1.5 * layer.lora_B[0] @ (layer.lora_A[0] @ row) for row in x]
     torch.testing.assert_close(layer(x[None])[0], torch.stack(expected))
@@ -59,25 +63,25 @@ def test_a_projection_with_an_adapter_is_the_definition(base):
 
 @pytest.mark.parametrize("scorer", [True, False])
 def test_merging_changes_nothing_and_leaves_a_plain_model(base, scorer):
-    llama = stir(model.add_lora(model.Llama.from_pretrained(base, scorer=scorer), 4, base))
+    llama = stir(lora.add_lora(checkpoint.load(base, scorer=scorer), 4, base))
 
     def output():
         if scorer:
-            return model.document_scores(llama, tokens(), LENGTHS)
-        return llama(tokens()[None])
+            return document_scores(llama, tokens(), LENGTHS)
+        return logits(llama, tokens()[None])
     before = output()
-    model.merge_lora(llama)
+    lora.merge_lora(llama)
     torch.testing.assert_close(output(), before, rtol=1e-4, atol=1e-4)
     assert not [name for name, _ in llama.named_parameters() if "lora" in name]
 
 
 def test_a_saved_adapter_is_loaded_with_equal_scores_and_holds_nothing_of_the_base(base):
     folder = adapter(base, 5)
-    llama = stir(model.add_lora(model.Llama.from_pretrained(base, scorer=True), 4, base), 5)
+    llama = stir(lora.add_lora(checkpoint.load(base, scorer=True), 4, base), 5)
     with torch.no_grad():
         torch.testing.assert_close(
-            model.document_scores(model.Llama.from_pretrained(folder, scorer=True), tokens(), LENGTHS),
-            model.document_scores(llama, tokens(), LENGTHS), rtol=1e-4, atol=1e-4)
+            document_scores(checkpoint.load(folder, scorer=True), tokens(), LENGTHS),
+            document_scores(llama, tokens(), LENGTHS), rtol=1e-4, atol=1e-4)
     assert (folder / "adapter_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
     assert not (folder / "model.safetensors").exists()
 
@@ -88,10 +92,10 @@ def test_adapters_side_by_side_score_as_each_does_alone(base):
     folders = [adapter(base, 1), adapter(base, 2, rank=2), adapter(base, 3, rank=8)]
     path = folders[0] / "adapter_model.safetensors"
     save_file({name: x for name, x in load_file(path).items() if "q_proj" in name or "score" in name}, path)
-    together = model.load_adapters(model.Llama.from_pretrained(base, scorer=True), folders)
+    together = checkpoint.load_adapters(checkpoint.load(base, scorer=True), folders)
     with torch.no_grad():
-        scores = model.document_scores(together, tokens(), LENGTHS)
-        alone = [model.document_scores(model.Llama.from_pretrained(folder, scorer=True), tokens(), LENGTHS)[0]
+        scores = document_scores(together, tokens(), LENGTHS)
+        alone = [document_scores(checkpoint.load(folder, scorer=True), tokens(), LENGTHS)[0]
                  for folder in folders]
     assert scores.shape == (3, 4)
     torch.testing.assert_close(scores, torch.stack(alone), rtol=1e-4, atol=1e-4)
@@ -99,52 +103,53 @@ def test_adapters_side_by_side_score_as_each_does_alone(base):
 
 
 def test_scores_are_read_at_each_documents_last_token_and_know_nothing_of_the_others(base):
-    llama = stir(model.Llama.from_pretrained(base, scorer=True))
+    llama = stir(checkpoint.load(base, scorer=True))
     with torch.no_grad():
-        scores = model.document_scores(llama, tokens(), LENGTHS)[0]
+        scores = document_scores(llama, tokens(), LENGTHS)[0]
         for document, score in zip(tokens().split(LENGTHS), scores):
-            hidden = llama.hidden(document[None], model.Causal(document[None]))
+            hidden = llama(document[None])
             torch.testing.assert_close(hidden[0, -1] @ llama.score.weight[0], score, rtol=1e-4, atol=1e-5)
 
 
 def test_transformers_gives_the_same_scores(base, tmp_path):
     transformers = pytest.importorskip("transformers")
-    stir(model.Llama.from_pretrained(base, scorer=True)).save_pretrained(tmp_path / "pm")
-    ours = model.Llama.from_pretrained(tmp_path / "pm", scorer=True)
+    checkpoint.save(stir(checkpoint.load(base, scorer=True)), tmp_path / "pm")
+    ours = checkpoint.load(tmp_path / "pm", scorer=True)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "pm")
     documents = tokens().split(LENGTHS)
     padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=0)  # BOS, as config.json says
     with torch.no_grad():
-        torch.testing.assert_close(theirs(padded).logits[:, 0], model.document_scores(ours, tokens(), LENGTHS)[0],
+        torch.testing.assert_close(theirs(padded).logits[:, 0], document_scores(ours, tokens(), LENGTHS)[0],
                                    rtol=1e-4, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         torch.testing.assert_close(
-            model.document_scores(model.Llama.from_pretrained(tmp_path / "theirs", scorer=True), tokens(), LENGTHS),
-            model.document_scores(ours, tokens(), LENGTHS))
+            document_scores(checkpoint.load(tmp_path / "theirs", scorer=True), tokens(), LENGTHS),
+            document_scores(ours, tokens(), LENGTHS))
 
 
 def test_peft_loads_ours_and_we_load_theirs(base, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    ours = model.Llama.from_pretrained(adapter(base, 7, scorer=False))
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter-7")
+    ours = checkpoint.load(adapter(base, 7, scorer=False))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter-7")
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens()[None]).logits, ours(tokens()[None]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs(tokens()[None]).logits, logits(ours, tokens()[None]), rtol=1e-4, atol=1e-4)
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, target_modules=["v_proj", "down_proj"],
                              init_lora_weights=False, use_rslora=True)
     scorer = peft.get_peft_model(scorer, config)
     scorer.save_pretrained(tmp_path / "theirs")
-    loaded = model.Llama.from_pretrained(tmp_path / "theirs", scorer=True)
+    loaded = checkpoint.load(tmp_path / "theirs", scorer=True)
     with torch.no_grad():
         expected = torch.stack([scorer(document[None]).logits[0, 0] for document in tokens().split(LENGTHS)])
-        torch.testing.assert_close(model.document_scores(loaded, tokens(), LENGTHS)[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(document_scores(loaded, tokens(), LENGTHS)[0], expected, rtol=1e-4, atol=1e-4)
     pm = adapter(base, 8)
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, pad_token_id=0), pm)
     with torch.no_grad():
         expected = torch.stack([theirs(document[None]).logits[0, 0] for document in tokens().split(LENGTHS)])
-        torch.testing.assert_close(model.document_scores(model.Llama.from_pretrained(pm, scorer=True), tokens(),
+        torch.testing.assert_close(document_scores(checkpoint.load(pm, scorer=True), tokens(),
                                                          LENGTHS)[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -160,30 +165,30 @@ def test_what_is_not_computed_here_is_refused_by_name(base, changes, said):
     folder = adapter(base, 1)
     broken(folder, **changes)
     with pytest.raises(UserError, match=said):
-        model.Llama.from_pretrained(folder, scorer=True)
+        checkpoint.load(folder, scorer=True)
 
 
 @pytest.mark.cuda
 def test_a_gpu_gives_the_scores_that_a_cpu_gives(base):
     folders = [adapter(base, 1), adapter(base, 2, rank=2)]
     with torch.no_grad():
-        here, there = (model.document_scores(model.load_adapters(
-            model.Llama.from_pretrained(base, device=device, scorer=True), folders), tokens().to(device), LENGTHS).cpu()
+        here, there = (document_scores(checkpoint.load_adapters(
+            checkpoint.load(base, device=device, scorer=True), folders), tokens().to(device), LENGTHS).cpu()
             for device in ("cpu", "cuda"))
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_for_another_model_is_refused(base, tmp_path):
-    other = model.Llama(model.Config(**{**SIZES, "hidden_size": 16, "head_dim": 8}), 0)
+    other = Llama(Config(**{**SIZES, "hidden_size": 16, "head_dim": 8}), 0)
     folder = adapter(base, 1)
     with pytest.raises(UserError, match="does not fit"):
-        model.load_adapters(other, [folder])
+        checkpoint.load_adapters(other, [folder])
 
 
 def test_a_preference_model_is_not_taken_for_a_language_model(base, tmp_path):
-    model.Llama.from_pretrained(base, scorer=True).save_pretrained(tmp_path / "pm")
+    checkpoint.save(checkpoint.load(base, scorer=True), tmp_path / "pm")
     with pytest.raises(UserError, match="preference model"):
-        model.Llama.from_pretrained(tmp_path / "pm")
+        checkpoint.load(tmp_path / "pm")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def labelled(count=60):
     for i in range(count):
         good, bad = f"it is good {i % 7}", f"it is bad {i % 5}"
         first = i % 2 == 0
-        rows.append(data.preference(f"say {i}:", good if first else bad, bad if first else good, "helpfulness",
+        rows.append(formats.preference(f"say {i}:", good if first else bad, bad if first else good, "helpfulness",
                                     0.9 if first else 0.1))
     return rows
 
@@ -214,7 +219,7 @@ def pm_training(base, out, rank=0, **changes):
 @pytest.fixture
 def words(tmp_path):
     sizes = {**SIZES, "vocab_size": 300}
-    model.Llama(model.Config(**sizes), 3).save_pretrained(tmp_path / "base")
+    checkpoint.save(Llama(Config(**sizes), 3), tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -225,44 +230,45 @@ def test_a_preference_model_learns_the_labels_probabilities(words, tmp_path, ran
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     entropy = -(0.9 * torch.tensor(0.9).log() + 0.1 * torch.tensor(0.1).log()).item()
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and entropy - 1e-4 < losses[-1] < entropy + 0.05
-    loaded = model.Llama.from_pretrained(tmp_path / "pm", scorer=True)
-    good, bad = (data.encode_pair(tokenizer, "say 3:", text, 0, 1)[0] for text in ("it is good 2", "it is bad 2"))
+    loaded = checkpoint.load(tmp_path / "pm", scorer=True)
+    good, bad = (data.encode_document(tokenizer, "say 3:", text, 0, 1).ids for text in ("it is good 2", "it is bad 2"))
     with torch.no_grad():
-        scores = model.document_scores(loaded, torch.tensor([*good, *bad]), [len(good), len(bad)])[0]
+        scores = document_scores(loaded, torch.tensor([*good, *bad]), [len(good), len(bad)])[0]
     assert torch.sigmoid(scores[0] - scores[1]).item() == pytest.approx(0.9, abs=0.05)
 
 
 def test_the_loss_of_packed_pairs_is_that_of_each_pair_alone(words):
     options = Options(**vars(QUICK))
-    llama = stir(model.Llama.from_pretrained(words, scorer=True))
+    llama = stir(checkpoint.load(words, scorer=True))
     tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
     stage = train.prepare("reward", labelled(12), tokenizer, llama.config, options)
     (batch,) = train.pack(stage.examples, 10**6, torch.device("cpu"))
     expected = 0.0
     with torch.no_grad():
-        for ids, first, label in stage.examples:
-            a, b = (llama.hidden(torch.tensor([part]), model.Causal(torch.tensor([part])))[0, -1] @ llama.score.weight[0]
-                    for part in (ids[:first].tolist(), ids[first:].tolist()))
+        for example in stage.examples:
+            a, b = (llama(torch.tensor([document.ids.tolist()]))[0, -1] @ llama.score.weight[0]
+                    for document in example.documents)
             p = torch.sigmoid(a - b)
-            expected -= label * p.log() + (1 - label) * (1 - p).log()
-        assert train.bradley_terry(llama, batch).item() == pytest.approx(expected.item(), rel=1e-4)
-    assert len(batch.targets) == len(stage.examples)
+            expected -= example.label * p.log() + (1 - example.label) * (1 - p).log()
+        found = train.batch_loss(llama, batch, METHODS["reward"], options)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert batch.count == len(stage.examples)
 
 
 def test_lora_training_leaves_the_base_as_it_was_and_resumes(words, tmp_path, monkeypatch):
     before = (words / "model.safetensors").read_bytes()
     *_, whole = pm_training(words, tmp_path / "whole", 4, save_seconds=0)
-    write_row, steps = train.write_row, []
+    write, steps = resume.Run.write, []
 
-    def stop_half_way(metrics, row):
-        write_row(metrics, row)
+    def stop_half_way(run, row):
+        write(run, row)
         steps.append(row)
         if len(steps) == 9:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "write_row", stop_half_way)
+    monkeypatch.setattr(resume.Run, "write", stop_half_way)
     with pytest.raises(KeyboardInterrupt):
         pm_training(words, tmp_path / "killed", 4, save_seconds=0)
-    monkeypatch.setattr(train, "write_row", write_row)
+    monkeypatch.setattr(resume.Run, "write", write)
     options = Options(**{**vars(QUICK), "lora_rank": 4, "save_seconds": 0})
     tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
     llama = train.start_from(words, "reward", torch.device("cpu"), options)
@@ -280,15 +286,40 @@ def test_lora_training_leaves_the_base_as_it_was_and_resumes(words, tmp_path, mo
 def test_every_stage_trains_adapters_and_merges_them_on_request(words, tmp_path, monkeypatch):
     tokenizer = toy.train_tokenizer(["it is good bad say : 0123456789"], 90)
     tokenizer.save(str(words / "tokenizer.json"))
-    data.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"say {i}:", "completion": " it is good"} for i in range(20)])
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"say {i}:", "completion": " it is good"} for i in range(20)])
     for name, more in (("adapter", []), ("merged", ["--merge"])):
-        monkeypatch.setattr("sys.argv", ["train.py", "sft", "--model", str(words), "--data", str(tmp_path / "rows.jsonl"),
-                                         "--out", str(tmp_path / name), "--lora-rank", "2", "--batch", "4", "--lr", "0.01",
-                                         "--precision", "fp32", "--device", "cpu", *more])
+        command = ["sft", "--model", words, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / name,
+                   "--lora-rank", 2, "--batch", 4, "--lr", 0.01, "--precision", "fp32", "--device", "cpu", *more]
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, command)])
         train.main()
     assert not (tmp_path / "adapter" / "config.json").exists()
-    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == \
+        ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json"]
     with torch.no_grad():
-        plain, adapted, merged = (model.Llama.from_pretrained(folder)(tokens()[None])
+        plain, adapted, merged = (logits(checkpoint.load(folder), tokens()[None])
                                   for folder in (words, tmp_path / "adapter", tmp_path / "merged"))
     assert torch.equal(adapted, merged) and (plain - merged).abs().max() > 0.01
+
+
+def test_an_adapter_trained_on_longer_texts_keeps_its_longer_context(words, tmp_path):
+    """The base ends at 64 tokens; what was trained on up to 100 must not be cut again when it is loaded."""
+    llama = lora.add_lora(checkpoint.load(words), 2, words)
+    llama.config.max_position_embeddings = 100
+    checkpoint.save(llama, tmp_path / "adapter")
+    assert checkpoint.load(words).config.max_position_embeddings == 64
+    assert checkpoint.load(tmp_path / "adapter").config.max_position_embeddings == 100
+    checkpoint.merge(tmp_path / "adapter")
+    assert checkpoint.load(tmp_path / "adapter").config.max_position_embeddings == 100
+    (tmp_path / "broken").mkdir()
+    checkpoint.save(llama, tmp_path / "broken")
+    (tmp_path / "broken" / "context.json").write_text("[]")
+    with pytest.raises(UserError, match="says no max_position_embeddings"):
+        checkpoint.load(tmp_path / "broken")
+
+
+def test_a_scalar_head_is_trained_in_fp32_beside_frozen_bf16_weights(words):
+    """In bf16, steps of a learning rate of 1e-5 would be rounded away."""
+    llama = lora.add_lora(checkpoint.load(words, torch.bfloat16, scorer=True), 2, words)
+    names = {name: weight.dtype for name, weight in train.trained(llama).items()}
+    assert set(names.values()) == {torch.float32} and "score.weight" in names
+    assert llama.model.embed_tokens.weight.dtype == torch.bfloat16

@@ -1,20 +1,21 @@
 """What `make morlaif` does with models once they are trained, and the whole of it at a tiny size."""
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 
-import data
+import feedback
+import formats
 import morlaif
-import reward
 import toy
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    rows = [(row["prompt"], [response["text"] for response in row["responses"]]) for row in toy.rated(120, 5, responses=2)]
-    return [{"prompt": prompt, "response_a": a, "response_b": b} for prompt, (a, b) in rows]
+    rows = [(row["prompt"], *row["responses"]) for row in toy.rated(120, 5, responses=2)]
+    return [{"prompt": prompt, "response_a": a["text"], "response_b": b["text"]} for prompt, a, b in rows]
 
 
 def test_exact_scores_are_those_of_the_world(pairs):
@@ -75,14 +76,15 @@ def test_rates_pool_seeds_and_leave_out_what_is_unknown():
 
 
 def test_the_whole_of_it_at_a_tiny_size(tmp_path, monkeypatch, capsys):
-    """Every figure is printed and drawn; win rates of a pair of policies add up to 100; a second run repeats nothing."""
+    """Every figure is printed and drawn; win rates of a pair of policies add up to 100; a second run repeats
+    nothing."""
     tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     monkeypatch.setattr(morlaif, "POLICY", {**morlaif.POLICY, **tiny})
     monkeypatch.setattr(morlaif, "SMALL", {**morlaif.SMALL, **tiny, "hidden_size": 16})
-    monkeypatch.setattr(morlaif, "SFT", morlaif.with_seed(morlaif.SFT, 0, max_steps=3, batch=8))
-    monkeypatch.setattr(morlaif, "PREFERENCE", morlaif.with_seed(morlaif.PREFERENCE, 0, epochs=0.5, batch=8))
-    monkeypatch.setattr(morlaif, "PPO", morlaif.with_seed(morlaif.PPO, 0, rollouts=8, reference_count=8, max_new_tokens=24,
-                                                          minibatch=8, epochs=1))
+    monkeypatch.setattr(morlaif, "SFT", replace(morlaif.SFT, max_steps=3, batch=8))
+    monkeypatch.setattr(morlaif, "PREFERENCE", replace(morlaif.PREFERENCE, epochs=0.5, batch=8))
+    monkeypatch.setattr(morlaif, "PPO", replace(morlaif.PPO, rollouts=8, reference_count=8, max_new_tokens=24,
+                                                minibatch=8, update_epochs=1))
     monkeypatch.setattr(morlaif, "QUICK_PAIRS", {"train": 24, "fit": 24, "test": 24})
     monkeypatch.setattr(morlaif, "QUICK_ITERATIONS", 2)
     monkeypatch.setattr(morlaif, "QUESTIONS", 12)
@@ -96,8 +98,8 @@ def test_the_whole_of_it_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     for first in wins:
         for second in wins:
             assert numpy.add(wins[first][second], wins[second][first]) == pytest.approx(numpy.ones(12))
-    labels = list(data.read_preferences(path.parent / "labels.jsonl"))
-    assert {row["principle"] for row in labels} == {*reward.PRINCIPLES, "overall"}
+    labels = list(formats.read_preferences(path.parent / "labels.jsonl"))
+    assert {row["principle"] for row in labels} == {*feedback.PRINCIPLES, "overall"}
     before = path.stat().st_mtime_ns
     morlaif.main()
     assert path.stat().st_mtime_ns == before and "learns to answer" not in capsys.readouterr().out

@@ -4,23 +4,25 @@ import itertools
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+import checkpoint
 import conftest
-import data
 import model
 import ppo
 import toy
 import train
-from data import UserError
+from common import UserError, write_jsonl
+from resume import Run, read_metrics
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=256, bos_token_id=0, eos_token_id=1)
-FAST = dict(iterations=3, rollouts=12, minibatch=5, epochs=2, max_new_tokens=10, reference_count=12, lr=1e-3,
-            precision="fp32")
+FAST = dict(iterations=3, rollouts=12, minibatch=5, update_epochs=2, max_new_tokens=10, reference_count=12,
+            lr=1e-3, precision="fp32")
 
 
 def tiny(vocab_size=64, seed=0, **changes):
@@ -60,9 +62,9 @@ def world(tmp_path_factory):
     """A folder with "policy", which answers in the embedded world's words, and prompts.jsonl."""
     folder = tmp_path_factory.mktemp("world")
     tokenizer = toy.train_tokenizer(list(toy.pretraining_texts(60, 0)), 1200)
-    tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True).save_pretrained(folder / "policy")
+    checkpoint.save(tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True), folder / "policy")
     tokenizer.save(str(folder / "policy" / "tokenizer.json"))
-    data.write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in toy.rated(9, 1)))
+    write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in toy.rated(9, 1)))
     return folder
 
 
@@ -76,8 +78,8 @@ def test_gae_by_hand():
     assert returns.tolist() == [[1.75, 2.0]]
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0), (0.0, 0.9)])
-def test_gae_is_the_sum_of_its_definition(gamma, lam):
+@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0), (0.0, 0.9)])
+def test_gae_is_the_sum_of_its_definition(gamma, gae_lambda):
     generator = torch.Generator().manual_seed(1)
     rewards, values = torch.randn(2, 20, 9, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, 10, (20,), generator=generator)
@@ -88,55 +90,27 @@ def test_gae_is_the_sum_of_its_definition(gamma, lam):
         for t in range(length):
             for s in range(t, length):
                 delta = float(rewards[b, s]) + gamma * v[s + 1] - v[s]
-                expected[b, t] += (gamma * lam) ** (s - t) * delta
+                expected[b, t] += (gamma * gae_lambda) ** (s - t) * delta
     outside = torch.where(mask, 0, math.nan)  # what is masked must not matter
-    advantages, returns = ppo.gae(rewards + outside, values + outside, gamma, lam, mask)
+    advantages, returns = ppo.gae(rewards + outside, values + outside, gamma, gae_lambda, mask)
     torch.testing.assert_close(advantages, expected)
     torch.testing.assert_close(returns, torch.where(mask, expected + values, 0))
-    if gamma == lam == 1:
+    if gamma == gae_lambda == 1:
         masked = torch.where(mask, rewards, 0)
         torch.testing.assert_close(returns, torch.where(mask, masked.flip(1).cumsum(1).flip(1), 0))
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
-    (1.5, 2.0, -2.4, 0.0), (1.5, -2.0, 3.0, 3.0), (0.5, 2.0, -1.0, -1.0), (0.5, -2.0, 1.6, 0.0),
-    (1.1, 2.0, -2.2, -2.2)])
-def test_policy_loss_by_hand(ratio, advantage, loss, gradient):
-    """d loss / d log-probability is -advantage * ratio where the ratio is not clipped."""
-    new = torch.tensor([math.log(ratio) - 3], requires_grad=True)
-    found = ppo.policy_loss(new, torch.tensor([-3.0]), torch.tensor([advantage]), 0.2)
-    found.backward()
-    assert (found.item(), new.grad.item()) == pytest.approx((loss, gradient), abs=1e-5)
-
-
-@pytest.mark.parametrize("new, returned, loss, gradient", [
-    (1.0, 2.0, 1.62, 0.0), (1.0, 0.0, 0.5, 1.0), (0.1, 2.0, 1.805, -1.9), (-1.0, -2.0, 1.62, 0.0)])
-def test_value_loss_by_hand(new, returned, loss, gradient):
-    """From 0 at the rollout, values are followed to 0.2 either way."""
-    new = torch.tensor([new], requires_grad=True)
-    found = ppo.value_loss(new, torch.tensor([0.0]), torch.tensor([returned]), 0.2)
-    found.backward()
-    assert (found.item(), new.grad.item()) == pytest.approx((loss, gradient), abs=1e-5)
-
-
-def test_losses_add_up_over_tokens():
-    new, old, third = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
-    for loss in (ppo.policy_loss, ppo.value_loss):
-        parts = [loss(new[i:i + 1], old[i:i + 1], third[i:i + 1], 0.2) for i in range(7)]
-        torch.testing.assert_close(loss(new, old, third, 0.2), torch.stack(parts).sum())
-
-
-def test_kl_coefficient_by_hand():
+def test_kl_coef_is_steered_by_hand():
     options = ppo.Options(kl_target=6.0, kl_horizon=10_000)
-    assert ppo.adapted(0.05, 12.0, 128, options) == pytest.approx(0.05 * 1.00256)  # 100 % over: cut at 20 %
-    assert ppo.adapted(0.05, 5.4, 100, options) == pytest.approx(0.05 * 0.999)     # 10 % under
-    assert ppo.adapted(0.05, 6.0, 128, options) == pytest.approx(0.05)
-    assert ppo.adapted(0.05, 99.0, 128, ppo.Options(kl_target=0.0)) == 0.05
+    assert ppo.steered(0.05, 12.0, 128, options) == pytest.approx(0.05 * 1.00256)  # 100 % over: cut at 20 %
+    assert ppo.steered(0.05, 5.4, 100, options) == pytest.approx(0.05 * 0.999)     # 10 % under
+    assert ppo.steered(0.05, 6.0, 128, options) == pytest.approx(0.05)
+    assert ppo.steered(0.05, 99.0, 128, ppo.Options(kl_target=0.0)) == 0.05
 
 
-def test_whiten_and_scale():
+def test_standardised_and_scaled():
     values = 3 * torch.randn(40, generator=torch.Generator().manual_seed(0)) + 5
-    white = ppo.whiten(values)
+    white = ppo.standardised(values)
     assert white.mean().item() == pytest.approx(0, abs=1e-5) and white.std(correction=0).item() == pytest.approx(1)
     running = [0, 0.0, 0.0]
     first = ppo.scaled(values[:15], running)
@@ -152,53 +126,68 @@ def test_whiten_and_scale():
 
 def rollouts_of(policy, count, options):
     prompts = [(f"prompt {i}", [0, *range(2, 3 + i % 4)]) for i in range(count)]
-    return ppo.answer(policy, word_tokenizer(12), prompts, 0, options)
+    return ppo.sample_rollouts(policy, word_tokenizer(12), prompts, 0, options)
 
 
-def test_measured_logprobs_are_the_policys_own():
+def actions_of(rollout):
+    return rollout.document.ids[rollout.document.start:].tolist()
+
+
+def with_values(policy):
+    """An agent whose values are not all zero."""
+    agent = ppo.Agent(policy)
+    torch.nn.init.normal_(agent.value.weight, generator=torch.Generator().manual_seed(0))
+    return agent
+
+
+def test_logprobs_are_the_policys_own():
     """Of every action, the stop token included, against one text at a time through the plain forward pass."""
     policy, reference = tiny(12, seed=1), tiny(12, seed=2)
     options = ppo.Options(max_new_tokens=9, precision="fp32", micro_tokens=40)
-    agent = torch.nn.ModuleDict({"policy": policy, "value": torch.nn.Linear(32, 1)})
-    rollouts = rollouts_of(policy, 25, options)
+    agent, rollouts = with_values(policy), rollouts_of(policy, 25, options)
     assert {rollout.finished for rollout in rollouts} == {True, False}
-    (old, values, expected), mask = ppo.measure(agent, reference, rollouts, options)
+    logprobs, ref_logprobs, values, mask = ppo.evaluate_rollouts(agent, reference, rollouts, options)
     for row, rollout in enumerate(rollouts):
-        actions, start = torch.tensor(rollout.ids[rollout.n_prompt:]), rollout.n_prompt - 1
+        actions, start = torch.tensor(actions_of(rollout)), rollout.document.start - 1
         assert rollout.finished == (actions[-1] == 1) and 1 not in actions[:-1] and len(actions) <= 9
-        tokens = torch.tensor([rollout.ids])
-        for llama, found in ((policy, old), (reference, expected)):
-            logprobs = llama(tokens)[0, start:-1].log_softmax(-1).gather(1, actions[:, None])[:, 0]
-            torch.testing.assert_close(found[row, :len(actions)], logprobs, rtol=1e-4, atol=1e-5)
-        hidden = policy.hidden(tokens, model.Causal(tokens))[0, start:-1]
-        torch.testing.assert_close(values[row, :len(actions)], agent["value"](hidden)[:, 0], rtol=1e-4, atol=1e-5)
-        assert mask[row].sum() == len(actions) and not old[row, len(actions):].any()
+        tokens = torch.tensor([rollout.document.ids.tolist()])
+        for llama, found in ((policy, logprobs), (reference, ref_logprobs)):
+            expected = model.logits(llama, tokens)[0, start:-1].log_softmax(-1).gather(1, actions[:, None])[:, 0]
+            torch.testing.assert_close(found[row, :len(actions)], expected, rtol=1e-4, atol=1e-5)
+        expected = agent.value(policy(tokens)[0, start:-1])[:, 0]
+        torch.testing.assert_close(values[row, :len(actions)], expected, rtol=1e-4, atol=1e-5)
+        assert mask[row].sum() == len(actions) and expected.abs().min() > 0
+        assert not any(x[row, len(actions):].any() for x in (logprobs, ref_logprobs, values))
 
 
-def test_measured_logprobs_are_those_that_were_sampled_from(monkeypatch):
-    policy, options, seen = tiny(12, seed=1), ppo.Options(max_new_tokens=9, precision="fp32"), []
-    agent = torch.nn.ModuleDict({"policy": policy, "value": ppo.value_head(policy)})
-    plain = model.filtered_probs
-    monkeypatch.setattr(model, "filtered_probs", lambda *args: seen.append(plain(*args)) or seen[-1])
-    for seed in range(6):
-        seen.clear()
-        rollout, = rollouts = rollouts_of(policy, 1, ppo.Options(**{**vars(options), "seed": seed}))
-        (old, _, _), mask = ppo.measure(agent, policy, rollouts, options)
-        actions = rollout.ids[rollout.n_prompt:]
-        expected = torch.stack([probs[0, action] for probs, action in zip(seen, actions, strict=True)]).log()
-        torch.testing.assert_close(old[0], expected.clone(), rtol=1e-4, atol=1e-5)
+def test_logprobs_are_those_that_were_sampled_from():
+    """Each action is where its random number falls in the cumulative distribution of the policy, as the plain forward
+    pass gives it; its log-probability is the width of that interval. By another model's, it would not be."""
+    policy, other, options = tiny(12, seed=1), tiny(12, seed=2), ppo.Options(max_new_tokens=9, precision="fp32")
+    outside = {policy: 0, other: 0}
+    for seed in range(12):
+        rollout, = rollouts = rollouts_of(policy, 1, replace(options, seed=seed))
+        logprobs, *_ = ppo.evaluate_rollouts(ppo.Agent(policy), policy, rollouts, options)
+        chances, = model.uniforms([ppo.seed_from(seed, 0, 0)], 1, 9)
+        tokens, actions = torch.tensor([rollout.document.ids.tolist()]), torch.tensor(actions_of(rollout))[:, None]
+        for llama in outside:
+            probabilities = model.logits(llama, tokens)[0, rollout.document.start - 1:-1].double().softmax(-1)
+            ends, width = (x.gather(1, actions)[:, 0] for x in (probabilities.cumsum(1), probabilities))
+            chance = chances[:len(actions)].double()
+            outside[llama] += int(((chance < ends - width - 1e-6) | (chance > ends + 1e-6)).sum())
+            if llama is policy:
+                torch.testing.assert_close(logprobs[0].double().exp(), width, rtol=1e-4, atol=1e-6)
+    assert outside[policy] == 0 and outside[other] > 20
 
 
-def test_minibatches_line_up_with_what_was_measured():
+def test_minibatches_line_up_with_what_was_evaluated():
     """With a learning rate of 0, every pass over the shuffled, packed, cut rollouts gives the ratios 1 and the same
     values; with the wrong alignment it would not."""
     policy, options = tiny(12, seed=1), ppo.Options(**{**FAST, "lr": 0.0, "micro_tokens": 30, "max_new_tokens": 9})
-    agent = torch.nn.ModuleDict({"policy": policy, "value": torch.nn.Linear(32, 1)})
-    rollouts = rollouts_of(policy, 17, options)
-    (old, values, _), mask = ppo.measure(agent, policy, rollouts, options)
-    returns = torch.where(mask, values + 2, 0)
-    measured, optimizer = (old, values, torch.ones_like(old), returns), train.make_optimizer(agent, options)
-    learned = ppo.learn(agent, optimizer, rollouts, measured, mask, 0, options)
+    agent, rollouts = with_values(policy), rollouts_of(policy, 17, options)
+    logprobs, _, values, mask = ppo.evaluate_rollouts(agent, policy, rollouts, options)
+    known = torch.stack((logprobs, values, torch.ones_like(logprobs), torch.where(mask, values + 2, 0)))
+    learned = ppo.learn(agent, train.make_optimizer(agent, options), rollouts, known, mask, 0, options)
     assert learned["approx_kl"] == pytest.approx(0, abs=1e-9) and learned["clip_fraction"] == 0
     assert learned["policy_loss"] == pytest.approx(-1, abs=1e-5)
     assert learned["value_loss"] == pytest.approx(2, abs=1e-4)
@@ -206,11 +195,11 @@ def test_minibatches_line_up_with_what_was_measured():
 
 def test_texts_do_not_depend_on_batch_mates():
     policy, options = tiny(12, seed=1), ppo.Options(max_new_tokens=9, precision="fp32")
-    together = {rollout.prompt: rollout.text for rollout in rollouts_of(policy, 9, options)}
-    few = {rollout.prompt: rollout.text for rollout in rollouts_of(policy, 4, options)}
+    together = {rollout.prompt: rollout.response for rollout in rollouts_of(policy, 9, options)}
+    few = {rollout.prompt: rollout.response for rollout in rollouts_of(policy, 4, options)}
     assert few.items() <= together.items()
-    other = rollouts_of(policy, 9, ppo.Options(**{**vars(options), "seed": 1}))
-    assert {rollout.prompt: rollout.text for rollout in other} != together
+    other = rollouts_of(policy, 9, replace(options, seed=1))
+    assert {rollout.prompt: rollout.response for rollout in other} != together
 
 
 # ----------------------------------------------------------------------------- the optimum in closed form
@@ -222,7 +211,7 @@ def response_probabilities(policy, prompt, most):
     with torch.no_grad():
         for words in itertools.product(range(size), repeat=most):
             new = list(words[:words.index(1)] if 1 in words else words)
-            logprobs = policy(torch.tensor([prompt + list(words)]))[0, len(prompt) - 1:-1].log_softmax(-1)
+            logprobs = model.logits(policy, torch.tensor([prompt + list(words)]))[0, len(prompt) - 1:-1].log_softmax(-1)
             actions = new + [1] * (len(new) < most)
             chance = sum(float(logprobs[t, action]) for t, action in enumerate(actions))
             found[tokenizer.decode(new)] = math.exp(chance)
@@ -243,8 +232,8 @@ def test_ppo_finds_the_optimum_of_reward_minus_divergence(tmp_path):
     weights = {text: chance * math.exp(table[text] / beta) for text, chance in before.items()}
     optimum = {text: weight / sum(weights.values()) for text, weight in weights.items()}
     options = ppo.Options(iterations=100, rollouts=256, minibatch=128, max_new_tokens=2, reference_count=0,
-                          lr=2e-3, kl=beta, kl_target=0, whiten=False, scale_reward=False, unfinished_penalty=0,
-                          precision="fp32")
+                          lr=2e-3, kl_coef=beta, kl_target=0, norm_adv=False, scale_reward=False,
+                          unfinished_penalty=0, precision="fp32")
     rows = ppo.improve(policy, tokenizer, ["a"], Table(table), [1.0], "linear", tmp_path, options, progress=False)
     after = response_probabilities(policy, [0, 2], 2)
     assert distance(before, optimum) > 0.3 and distance(after, optimum) < 0.03  # 0.703 and 0.012
@@ -257,11 +246,11 @@ def test_ppo_finds_the_optimum_of_reward_minus_divergence(tmp_path):
 # ----------------------------------------------------------------------------- whole runs
 
 
-def small_run(out, resume=False, policy=None, prompts=("a b", "b", "c c a"), weights=(1.0, -0.5), how="linear",
-              **changes):
+def small_run(out, resume=False, policy=None, prompts=("a b", "b", "c c a"), weights=(1.0, -0.5),
+              scalarization="linear", **changes):
     policy, options = policy or tiny(12, seed=1), ppo.Options(**{**FAST, **changes})
-    rows = ppo.improve(policy, word_tokenizer(12), list(prompts), Letters(), weights, how, out, options, resume,
-                       progress=False)
+    rows = ppo.improve(policy, word_tokenizer(12), list(prompts), Letters(), weights, scalarization, out, options,
+                       resume, progress=False)
     return rows, policy
 
 
@@ -271,14 +260,14 @@ def timeless(rows):
 
 def killed(monkeypatch, out, states, **changes):
     """A run that dies when it is about to save once more."""
-    plain, saved = ppo.save_state, []
+    plain, saved = Run.save, []
 
-    def save(*args):
+    def save(run, **parts):
         if len(saved) == states:
             raise KeyboardInterrupt
-        saved.append(plain(*args))
+        saved.append(plain(run, **parts))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ppo, "save_state", save)
+        patch.setattr(Run, "save", save)
         small_run(out, save_seconds=0, **changes)
 
 
@@ -288,7 +277,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path, monkeypatch):
     for states in (1, 3):
         out = tmp_path / str(states)
         killed(monkeypatch, out, states, iterations=5, kl_target=1.0)
-        assert len(train.read_metrics(out)) == states + 1  # a row more than the state knows of
+        assert len(read_metrics(out)) == states + 1  # a row more than the state knows of
         resumed, _ = small_run(out, True, iterations=5, kl_target=1.0)
         assert timeless(resumed) == timeless(rows)
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -298,13 +287,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path, monkeypatch):
 
 def test_metrics_are_what_they_say(tmp_path):
     rows, policy = small_run(tmp_path, kl_target=0.5, kl_horizon=100)
-    loaded = model.Llama.from_pretrained(tmp_path)
+    loaded = checkpoint.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters()))
-    assert model.load_tokenizer(tmp_path).to_str() == word_tokenizer(12).to_str()
+    assert checkpoint.load_tokenizer(tmp_path).to_str() == word_tokenizer(12).to_str()
     assert [row["iteration"] for row in rows] == [1, 2, 3] and rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert rows[0]["score"].keys() == {"a", "long"} and rows[0]["kl_coefficient"] == 0.05
+    assert rows[0]["score"].keys() == {"a", "long"} and rows[0]["kl_coef"] == 0.05
     for before, after in zip(rows, rows[1:]):
-        assert after["kl_coefficient"] == pytest.approx(ppo.adapted(before["kl_coefficient"], before["kl"], 12,
+        assert after["kl_coef"] == pytest.approx(ppo.steered(before["kl_coef"], before["kl"], 12,
                                                                     ppo.Options(kl_target=0.5, kl_horizon=100)))
         assert after["tokens"] - before["tokens"] == pytest.approx(12 * after["length"])
     assert all(0 <= row[name] <= 1 for row in rows for name in ("unfinished", "clip_fraction"))
@@ -315,7 +304,7 @@ def test_scores_are_normalised_by_the_references(tmp_path):
     """The reward of the first iteration, recomputed from answers drawn here."""
     rows, _ = small_run(tmp_path, iterations=1, reference_count=30)
     policy, options = tiny(12, seed=1), ppo.Options(**{**FAST, "reference_count": 30})
-    encoded = ppo.encode(word_tokenizer(12), ["a b", "b", "c c a"], policy.config, options)
+    encoded = ppo.encode_prompts(word_tokenizer(12), ["a b", "b", "c c a"], policy.config, options)
     mean, std = (torch.tensor(x) for x in ppo.normalisation(policy, word_tokenizer(12), encoded, Letters(), options))
     scores = torch.tensor([rows[0]["score"]["a"], rows[0]["score"]["long"]])
     assert rows[0]["reward"] == pytest.approx(float(((scores - mean) / std) @ torch.tensor([1.0, -0.5])), rel=1e-4)
@@ -326,13 +315,14 @@ def test_scores_are_normalised_by_the_references(tmp_path):
 
 def test_other_settings_are_refused_on_resume(tmp_path, monkeypatch):
     killed(monkeypatch, tmp_path, 1)
-    others = dict(lr=2e-3, seed=1, weights=(1.0, 0.0), prompts=["a"], how="median", policy=tiny(12, seed=2))
+    others = dict(lr=2e-3, seed=1, weights=(1.0, 0.0), prompts=["a"], scalarization="median", policy=tiny(12, seed=2))
     for name, value in others.items():
         with pytest.raises(UserError, match=f"other settings of {name};"):
             small_run(tmp_path, True, **{name: value})
-    torch.save({"options": {}, "plan": [["sft", 0.0]], "model": {}}, tmp_path / "state.pt")  # train.py's
-    with pytest.raises(UserError, match="other settings of"):
-        small_run(tmp_path, True)
+    for settings in ({**vars(train.Options()), "data or steps": [["sft", 0.0]], "model": {}}, {}):  # train.py's; older
+        torch.save({"settings": settings, "model": {}, "metrics_bytes": 0}, tmp_path / "state.pt")
+        with pytest.raises(UserError, match="other settings of"):
+            small_run(tmp_path, True)
     (tmp_path / "state.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):
         small_run(tmp_path, True)
@@ -346,16 +336,17 @@ def test_prompts_that_do_not_fit_are_left_out(tmp_path, capsys):
 
 
 def test_a_policy_learns_to_say_what_is_rewarded(tmp_path):
-    rows, _ = small_run(tmp_path, weights=(1.0, 0.0), iterations=15, rollouts=32, minibatch=16, epochs=4, lr=3e-3)
+    rows, _ = small_run(tmp_path, weights=(1.0, 0.0), iterations=15, rollouts=32, minibatch=16, update_epochs=4,
+                        lr=3e-3)
     assert rows[-1]["score"]["a"] > 3 * rows[0]["score"]["a"] > 0
 
 
 def test_a_policy_learns_to_end_its_answers(tmp_path):
     """Where nothing else is rewarded, for the sake of the penalty alone."""
-    few = dict(weights=(0.0, 0.0), iterations=8, rollouts=32, minibatch=16, epochs=4, lr=3e-3, kl=0.0)
+    few = dict(weights=(0.0, 0.0), iterations=8, rollouts=32, minibatch=16, update_epochs=4, lr=3e-3, kl_coef=0.0)
     rows, _ = small_run(tmp_path / "with", **few)
     assert rows[0]["unfinished"] > 0.2 and rows[-1]["unfinished"] < 0.1 and rows[-1]["reward"] == 0
-    rows, _ = small_run(tmp_path / "without", unfinished_penalty=0.0, whiten=False, **few)
+    rows, _ = small_run(tmp_path / "without", unfinished_penalty=0.0, norm_adv=False, **few)
     assert rows[-1]["unfinished"] > 0.2 and rows[-1]["kl"] == pytest.approx(0, abs=1e-3)  # nothing to learn
 
 
@@ -367,7 +358,7 @@ run = partial(conftest.run, ppo)
 
 def command(world, out, *more, reward=("toy:helpfulness", "toy:conciseness")):
     words = ["--model", world / "policy", "--data", world / "prompts.jsonl", "--reward", *reward, "--out", out]
-    words += ["--iterations", 2, "--rollouts", 6, "--minibatch", 3, "--epochs", 1, "--max-new-tokens", 8,
+    words += ["--iterations", 2, "--rollouts", 6, "--minibatch", 3, "--update-epochs", 1, "--max-new-tokens", 8,
               "--reference-count", 6, "--device", "cpu", *more]
     return [str(word) for word in words]
 
@@ -375,18 +366,19 @@ def command(world, out, *more, reward=("toy:helpfulness", "toy:conciseness")):
 def test_command_line(world, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"helpfulness": 2, "conciseness": -0.5, "bias": 1}))
-    assert run(monkeypatch, command(world, tmp_path / "out", "--weights", weights, "--how", "worst_case")) == 0
+    words = command(world, tmp_path / "out", "--weights", weights, "--scalarization", "worst_case")
+    assert run(monkeypatch, words) == 0
     assert "rewards: 2 x helpfulness, -0.5 x conciseness" in capsys.readouterr().out
-    rows = train.read_metrics(tmp_path / "out")
+    rows = read_metrics(tmp_path / "out")
     assert len(rows) == 2 and list(rows[0]["score"]) == ["helpfulness", "conciseness"]
-    model.Llama.from_pretrained(tmp_path / "out")
-    assert run(monkeypatch, command(world, tmp_path / "bf16", "--precision", "bf16", "--no-whiten")) == 0
+    checkpoint.load(tmp_path / "out")
+    assert run(monkeypatch, command(world, tmp_path / "bf16", "--precision", "bf16", "--no-norm-adv")) == 0
 
 
 def test_adapters_learn_while_the_base_is_shared_with_the_reference_and_stays_as_it_was(world, tmp_path, monkeypatch):
-    seen, measure = [], ppo.measure
-    monkeypatch.setattr(ppo, "measure", lambda agent, reference, *rest: seen.append((agent["policy"], reference))
-                        or measure(agent, reference, *rest))
+    seen, evaluate = [], ppo.evaluate_rollouts
+    monkeypatch.setattr(ppo, "evaluate_rollouts", lambda agent, reference, *rest: seen.append((agent.policy, reference))
+                        or evaluate(agent, reference, *rest))
     before = (world / "policy" / "model.safetensors").read_bytes()
     assert run(monkeypatch, command(world, tmp_path / "out", "--lora-rank", 2, "--lr", "0.01", "--precision", "fp32",
                                     "--no-centre")) == 0
@@ -395,14 +387,14 @@ def test_adapters_learn_while_the_base_is_shared_with_the_reference_and_stays_as
     assert here.weight is there.weight and there.lora_B.abs().max() == 0 < here.lora_B.abs().max()
     assert (world / "policy" / "model.safetensors").read_bytes() == before
     assert (tmp_path / "out" / "adapter_config.json").exists()
-    loaded, tokens = model.Llama.from_pretrained(tmp_path / "out"), torch.arange(2, 20)[None]
+    loaded, tokens = checkpoint.load(tmp_path / "out"), torch.arange(2, 20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens), policy(tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.logits(loaded, tokens), model.logits(policy, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_a_reward_that_all_answers_share_teaches_nothing_when_centred(tmp_path):
     """Values are zero at first, so an equal reward would otherwise make every word likelier, or less likely."""
-    few = dict(unfinished_penalty=0.0, whiten=False, reference_count=0, iterations=2, kl=0.0, lam=0.9)
+    few = dict(unfinished_penalty=0.0, norm_adv=False, reference_count=0, iterations=2, kl_coef=0.0, gae_lambda=0.9)
     moved = {}
     for centre in (True, False):
         policy = tiny(12, seed=1)
@@ -416,12 +408,12 @@ def test_a_reward_that_all_answers_share_teaches_nothing_when_centred(tmp_path):
 def test_a_gpu_trains_the_policy(world, tmp_path, monkeypatch):
     words = command(world, tmp_path / "out", "--lora-rank", 2, "--bf16-moments")
     assert run(monkeypatch, [*words, "--device", "cuda"]) == 0
-    assert all(math.isfinite(row["policy_loss"]) for row in train.read_metrics(tmp_path / "out"))
+    assert all(math.isfinite(row["policy_loss"]) for row in read_metrics(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("more, expected", [
     (["--weights", "1"], "1 for 2 rewards"), (["--weights", "1", "x"], "not all numbers"),
-    (["--weights", "1", "nan"], "not all finite"), (["--how", "guess"], "guess"),
+    (["--weights", "1", "nan"], "not all finite"),
     (["--reward", "toy:charm"], "cannot judge 'charm'"), (["--reward", "nowhere"], "nowhere"),
     (["--reward", "toy:bias", "toy:bias"], "given twice"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--model", "nowhere"], "nowhere"), (["--out", "POLICY"], "model to start from")])
@@ -432,9 +424,15 @@ def test_refused(world, tmp_path, monkeypatch, capsys, more, expected):
     assert message.startswith("error: ") and expected in message and not (tmp_path / "out").exists()
 
 
-def test_ranges_are_checked_at_once(world, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, command(world, tmp_path / "out", "--clip", "0")) == 2
-    assert "--clip is 0.0, but must be from" in capsys.readouterr().err
+@pytest.mark.parametrize("more, expected", [
+    (["--scalarization", "guess"], ("--scalarization", "'guess'", "worst_case")),
+    (["--clip-coef", "0"], ("--clip-coef", "0 must be from 1e-09 to")), (["--lr", "nan"], ("--lr", "nan must be")),
+    (["--gae-lambda", "1.1"], ("--gae-lambda", "from 0 to 1")), (["--rollouts", "0"], ("--rollouts", "from 1 to"))])
+def test_mistakes_are_refused_before_any_model_is_loaded(world, tmp_path, monkeypatch, capsys, more, expected):
+    for name in ("Together", "device_named"):  # what main begins with
+        monkeypatch.delattr(ppo, name)
+    conftest.refused(ppo, monkeypatch, capsys, command(world, tmp_path / "out", *more), *expected)
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):

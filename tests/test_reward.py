@@ -1,34 +1,27 @@
-"""Feedback, scalarization and what is reported, against slow loops, figures worked out by hand, and a server."""
+"""Preference models, scalarization and what is reported, against slow loops and figures worked out by hand."""
 import itertools
 import json
 import math
-import os
-import random
 import re
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+import checkpoint
 import conftest
 import data
+import feedback
+import formats
+import lora
 import model
 import reward
 import toy
-from data import Objective, UserError
-from eval import Endpoint
+from common import UserError, write_jsonl
+from formats import preference
 
-ROOT = Path(__file__).parents[1]
-BRIEF = Objective("Brevity", "The response should be short")
-PAIR = {"prompt": "\n\nHuman: Why?\n\nAssistant:", "response_a": "Because.", "response_b": "Because {it} is so."}
 run = partial(conftest.run, reward)
 
 
@@ -36,7 +29,7 @@ def refused(monkeypatch, capsys, words, *expected):
     capsys.readouterr()
     assert run(monkeypatch, words) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"(reward.py \w+: )?error: ", message) and all(text in message for text in expected), message
+    assert re.match(r"(reward.py( \w+)?: )?error: ", message) and all(text in message for text in expected), message
 
 
 def read(path):
@@ -98,46 +91,48 @@ def test_the_seven_are_there_in_order():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("how, options", CASES)
-def test_scalarizations_agree_with_slow_loops(how, options, dtype, tolerance):
+@pytest.mark.parametrize("scalarization, options", CASES)
+def test_scalarizations_agree_with_slow_loops(scalarization, options, dtype, tolerance):
     for size, count in itertools.product((1, 2, 3, 4, 7, 12), (1, 5)):
         scores, weights = random_case(size, count, seed=size)
-        rewards = reward.scalarize(scores.to(dtype), weights.to(dtype), how, **options)
+        rewards = reward.scalarize(scores.to(dtype), weights.to(dtype), scalarization, **options)
         x = (weights[:, None] * scores).T.tolist()
-        expected = [SLOW[how](x[n], **options) for n in range(count)]
+        expected = [SLOW[scalarization](x[n], **options) for n in range(count)]
         assert rewards.dtype == dtype and rewards.shape == (count,)
         assert rewards.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("how", SLOW)
-def test_neither_the_principles_order_nor_the_rest_of_a_batch_matters(how):
+@pytest.mark.parametrize("scalarization", SLOW)
+def test_neither_the_principles_order_nor_the_rest_of_a_batch_matters(scalarization):
     scores, weights = random_case(7, 9)
-    rewards = reward.scalarize(scores, weights, how)
+    rewards = reward.scalarize(scores, weights, scalarization)
     order, others = torch.tensor([3, 0, 6, 2, 1, 5, 4]), torch.tensor([8, 1, 0, 4, 3, 2, 7, 6, 5])
-    assert torch.allclose(reward.scalarize(scores[order], weights[order], how), rewards, rtol=1e-12, atol=1e-14)
-    assert torch.equal(reward.scalarize(scores[:, others], weights, how), rewards[others])
+    reordered = reward.scalarize(scores[order], weights[order], scalarization)
+    assert torch.allclose(reordered, rewards, rtol=1e-12, atol=1e-14)
+    assert torch.equal(reward.scalarize(scores[:, others], weights, scalarization), rewards[others])
     for n in range(9):  # alone, and beside a response with extreme scores
         beside = torch.cat([scores[:, n:n + 1], torch.full((7, 1), 1e4, dtype=torch.float64)], 1)
         for batch in (beside[:, :1], beside):
-            assert float(reward.scalarize(batch, weights, how)[0]) == pytest.approx(float(rewards[n]), rel=1e-12)
+            found = float(reward.scalarize(batch, weights, scalarization)[0])
+            assert found == pytest.approx(float(rewards[n]), rel=1e-12)
     assert len(set(rewards.tolist())) == 9
 
 
-@pytest.mark.parametrize("how", MONOTONE)
-def test_a_better_score_never_lowers_a_monotone_reward(how):
+@pytest.mark.parametrize("scalarization", MONOTONE)
+def test_a_better_score_never_lowers_a_monotone_reward(scalarization):
     scores, weights = random_case(6, 200)
     weights = weights.abs()
-    before = reward.scalarize(scores, weights, how)
+    before = reward.scalarize(scores, weights, scalarization)
     for principle, rise in itertools.product(range(6), (0.1, 1.0, 10.0)):
         raised = scores.clone()
         raised[principle] += rise
-        assert (reward.scalarize(raised, weights, how) >= before).all()
-    assert (reward.scalarize(scores + 1, weights, how) > before).all()
+        assert (reward.scalarize(raised, weights, scalarization) >= before).all()
+    assert (reward.scalarize(scores + 1, weights, scalarization) > before).all()
 
 
-@pytest.mark.parametrize("how, low, high", [("soft_max_min", 2.0, 9.0), ("uncertainty_weighted", 3.0, 9.0)])
-def test_the_other_two_are_not_monotone_as_they_say(how, low, high):
-    rewards = reward.scalarize(torch.tensor([[0.0, 0.0], [low, high]]), [1.0, 1.0], how)
+@pytest.mark.parametrize("scalarization, low, high", [("soft_max_min", 2.0, 9.0), ("uncertainty_weighted", 3.0, 9.0)])
+def test_the_other_two_are_not_monotone_as_they_say(scalarization, low, high):
+    rewards = reward.scalarize(torch.tensor([[0.0, 0.0], [low, high]]), [1.0, 1.0], scalarization)
     assert rewards[0] > rewards[1]
 
 
@@ -187,9 +182,9 @@ def test_bernoulli_nash_stays_finite_and_tells_bad_from_worse():
     (([[1], [1], [1]], "linear", {}), "one for each of the 3 principles"),
 ])
 def test_scalarize_refuses_what_it_cannot_mean(arguments, told):
-    weights, how, options = arguments
+    weights, scalarization, options = arguments
     with pytest.raises(UserError, match=told):
-        reward.scalarize(torch.zeros(3, 4), weights, how, **options)
+        reward.scalarize(torch.zeros(3, 4), weights, scalarization, **options)
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(1, 2, 3),
@@ -197,341 +192,6 @@ def test_scalarize_refuses_what_it_cannot_mean(arguments, told):
 def test_scalarize_refuses_scores_of_another_form(scores):
     with pytest.raises(UserError, match="give floats"):
         reward.scalarize(scores, torch.ones(len(scores)), "linear")
-
-
-# ----------------------------------------------------------------------------- the annotator
-
-
-def test_annotate_by_hand():
-    rng = random.Random(0)
-    assert reward.annotate(1.0, rng, 0.5, 0.0, 0.0) == pytest.approx(1 / (1 + math.exp(-2)))
-    assert reward.annotate(1.0, rng, 0.5, 0.0, 1.0) == pytest.approx(1 / (1 + math.exp(2)))
-    assert reward.annotate(0.0, rng, 0.5, 0.0, 0.5) == 0.5
-    assert reward.annotate(-3.0, rng, 1e-9, 0.0, 0.0) == 0.0 and reward.annotate(3.0, rng, 1e-9, 0.0, 0.0) == 1.0
-    shown = {round(math.log(p / (1 - p)), 9) for p in (reward.annotate(1.0, rng, 2.0, 0.3, 0.0) for _ in range(50))}
-    assert shown == {0.8, 0.2}  # 1 / 2, and the bias with or against it
-
-
-def test_a_position_bias_shows_on_single_labels_and_averages_out_over_many():
-    rng = random.Random(1)
-    labels = [reward.annotate(0.0, rng, 0.5, 2.0, 0.0) for _ in range(4000)]
-    assert set(round(p, 6) for p in labels) == {round(1 / (1 + math.exp(-2)), 6), round(1 / (1 + math.exp(2)), 6)}
-    assert abs(statistics.fmean(labels) - 0.5) < 4 * 0.381 / math.sqrt(4000)  # four standard deviations
-
-
-def test_labels_are_turned_round_as_often_as_asked_for():
-    rng = random.Random(2)
-    turned = sum(reward.annotate(1.0, rng, 0.5, 0.0, 0.2) < 0.5 for _ in range(4000))
-    assert abs(turned - 800) < 4 * math.sqrt(4000 * 0.2 * 0.8)
-
-
-def world_pairs(count=30, seed=0):
-    return [{"prompt": row["prompt"], "response_a": row["responses"][0]["text"],
-             "response_b": row["responses"][1]["text"]} for row in toy.rated(count, seed, responses=2)]
-
-
-def test_embedded_labels_follow_the_exact_scores():
-    pairs = world_pairs()
-    rows = list(reward.embedded_labels(pairs, ["toxicity", "overall"], temperature=0.25, flip_rate=0))
-    assert [row["principle"] for row in rows] == ["toxicity", "overall"] * len(pairs)
-    assert list(rows[0]) == ["prompt", "response_a", "response_b", "principle", "p_a"]
-    for name in ("toxicity", "overall"):
-        scores = [[toy.score(name, pair["prompt"], pair[key]) for key in ("response_a", "response_b")]
-                  for pair in pairs]
-        spread = statistics.pstdev({(pair["prompt"], pair[key]): score for pair, both in zip(pairs, scores)
-                                    for key, score in zip(("response_a", "response_b"), both)}.values())
-        for row, (first, second) in zip([row for row in rows if row["principle"] == name], scores):
-            assert row["p_a"] == pytest.approx(1 / (1 + math.exp(-(first - second) / spread / 0.25)))
-    assert len({row["p_a"] for row in rows}) > 10
-
-
-def test_the_noise_depends_on_the_question_and_the_seed_alone():
-    pairs = world_pairs()
-    rows = list(reward.embedded_labels(pairs, ["bias", "detail"], flip_rate=0.5, position_bias=1))
-    assert rows == list(reward.embedded_labels(pairs, ["bias", "detail"], flip_rate=0.5, position_bias=1))
-    reversed_rows = list(reward.embedded_labels(pairs[::-1], ["detail", "bias"], flip_rate=0.5, position_bias=1))
-    assert reversed_rows[::-1] == rows
-    assert rows != list(reward.embedded_labels(pairs, ["bias", "detail"], 1, flip_rate=0.5, position_bias=1))
-
-
-def test_a_principle_on_which_all_are_equal_is_even():
-    pair = {**world_pairs(1)[0], "response_a": "Boil fresh water.", "response_b": "Boil fresh water. Mix it."}
-    assert [row["p_a"] for row in reward.embedded_labels([pair], ["toxicity"])] == [0.5]
-
-
-def test_both_the_world_and_the_judge_know_the_twelve():
-    assert list(reward.PRINCIPLES) == list(toy.PRINCIPLES) and len(reward.PRINCIPLES) == 12
-    assert all(principle.name == name for name, principle in reward.PRINCIPLES.items())
-
-
-# ----------------------------------------------------------------------------- a model behind a server
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(script) starts a server; script(payload) gives the likeliest tokens as {token: log-probability}, a whole
-    choice, or (status, text). The server has .url and .requests."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    servers = []
-
-    def start(script):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append(payload)
-                said, status = script(payload), 200
-                if isinstance(said, tuple):
-                    status, body = said
-                else:
-                    body = json.dumps({"choices": [said if "message" in said else choice(said)]})
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, *_):
-                pass
-
-        class Listener(ThreadingHTTPServer):
-            request_queue_size = 64  # with the default of 5, a burst of connections waits a second
-
-        server = Listener(("127.0.0.1", 0), Handler)
-        server.url, server.requests = f"http://127.0.0.1:{server.server_port}", []
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def choice(logprobs):
-    """A chat completion's choice of one token, the likeliest of {token: log-probability}."""
-    likeliest = [{"token": token, "logprob": logprob} for token, logprob in logprobs.items()]
-    said = likeliest[0]["token"] if likeliest else ""
-    content = [{"token": said, "top_logprobs": likeliest}] if likeliest else []
-    return {"index": 0, "message": {"role": "assistant", "content": said}, "logprobs": {"content": content}}
-
-
-def asked(payload):
-    """The two responses in the order in which the judge is shown them."""
-    text = payload["messages"][0]["content"]
-    return [re.search(rf"<response_{letter}>\n(.*)\n</response_{letter}>", text, re.DOTALL)[1] for letter in "ab"]
-
-
-def logs(**chances):
-    return {token: math.log(chance) for token, chance in chances.items()}
-
-
-def in_order(forward, backward):
-    """A script that says one thing where PAIR is shown in its own order, and another in the other order."""
-    return lambda payload: forward if asked(payload)[0] == PAIR["response_a"] else backward
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-@pytest.mark.parametrize("forward, backward, p_a", [
-    (logs(A=0.6, B=0.2), logs(B=0.3, A=0.2), (0.75 + 0.6) / 2),
-    (logs(A=0.9, B=0.1), logs(A=0.9, B=0.1), 0.5),  # it says A whatever stands there
-    ({" A": math.log(0.3), "A": math.log(0.3), "B\n": math.log(0.2)}, logs(A=0.5, B=0.5), (0.75 + 0.5) / 2),
-    (logs(A=0.5, x=0.4), {"B": -0.1, "the": -3}, (sigmoid(math.log(0.5) + 10) + sigmoid(-0.1 + 10)) / 2),
-    (logs(B=0.5), logs(Yes=0.5, a=0.4, A=0.01),
-     (sigmoid(-10 - math.log(0.5)) + 1 - sigmoid(math.log(0.01) + 10)) / 2),
-    ({"A": 0.0, "B": -9999.0}, {"B": 0.0, "A": -9999.0}, 1.0),
-    (logs(x=0.9, Answer=0.1), logs(A=0.5, B=0.5), None), (logs(A=0.5, B=0.5), {}, None),
-])
-def test_probabilities_by_hand_in_both_orders(serve, forward, backward, p_a):
-    server = serve(in_order(forward, backward))
-    found = reward.endpoint_label(Endpoint(server.url, "judge"), PAIR, BRIEF)
-    assert found == (None if p_a is None else pytest.approx(p_a, abs=1e-12))
-
-
-def test_what_the_judge_is_asked(serve):
-    server = serve(lambda payload: logs(A=0.5, B=0.5))
-    reward.endpoint_label(Endpoint(server.url, "judge"), PAIR, BRIEF)
-    first, second = server.requests
-    assert asked(first) == [PAIR["response_a"], PAIR["response_b"]] == asked(second)[::-1]
-    assert (first["max_tokens"], first["logprobs"], first["top_logprobs"], first["temperature"]) == (1, True, 5, 0)
-    text = first["messages"][0]["content"]
-    assert BRIEF.description in text and "regardless of everything else" in text and "Human: Why?" in text
-
-
-def test_texts_beyond_the_judges_context_are_left_out(serve):
-    server = serve(lambda payload: (400, '{"error": "maximum context length is 4096 tokens"}'))
-    assert reward.endpoint_label(Endpoint(server.url, "judge"), PAIR, BRIEF) is None
-
-
-@pytest.mark.parametrize("logprobs", [
-    {}, {"logprobs": None}, {"logprobs": {"tokens": ["A"]}},
-    {"logprobs": {"content": [{"token": "A", "logprob": -0.1}]}},
-    {"logprobs": {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": []}]}}])
-def test_a_server_without_logprobs_is_told_of_in_one_line(serve, world, monkeypatch, capsys, tmp_path, logprobs):
-    server = serve(lambda payload: {"index": 0, "message": {"role": "assistant", "content": "A"}, **logprobs})
-    refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), server.url, "no log-probabilities",
-            "delete", "out.judge-cache.jsonl")
-    assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------- the command
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A file of 6 prompts with 3 responses each, one of them said twice."""
-    rows, path = list(toy.rated(6, 3, responses=3)), tmp_path_factory.mktemp("world") / "rated.jsonl"
-    rows[2]["responses"][1] = rows[2]["responses"][0]
-    data.write_jsonl(path, rows)
-    return path
-
-
-def judged(world, server, out, *extra):
-    return ["label", world, "--out", out, "--judge-url", server.url, "--judge-model", "judge", "--principles",
-            "toxicity", "Brevity: The response should be short", "--limit", 5, *extra]
-
-
-def undecided(first, second):
-    return (len(first) + len(second)) % 3 == 0
-
-
-def shorter(payload):
-    """Prefers the shorter one, and A a little; sometimes says something else."""
-    first, second = asked(payload)
-    if undecided(first, second):
-        return logs(Hm=0.9)
-    advantage = (len(second) - len(first)) / 100 + 0.2
-    return {"A": math.log(sigmoid(advantage)), "B": math.log(sigmoid(-advantage))}
-
-
-def test_label_by_the_annotator(world, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "labels.jsonl"
-    assert run(monkeypatch, ["label", world, "--out", out, "--seed", 4, "--position-bias", 0.5]) == 0
-    rows, said = read(out), capsys.readouterr().out
-    assert list(data.read_preferences(out)) == rows
-    assert len(rows) == 17 * 12 and "left out: 1 pairs, the two responses are the same" in said
-    pairs = reward.response_pairs([world], None, data.Counter())
-    assert rows == list(reward.embedded_labels(pairs, list(reward.PRINCIPLES), 4, position_bias=0.5))
-    assert "annotator: temperature 0.5, position bias 0.5, flip rate 0.05" in said
-    mine = [row["p_a"] for row in rows if row["principle"] == "detail"]
-    line = next(line for line in said.splitlines() if line.startswith("detail")).split()
-    certainty = statistics.fmean(abs(p - 0.5) for p in mine)
-    first = 100 * statistics.fmean((p > 0.5) + (p == 0.5) / 2 for p in mine)
-    assert line[1:] == ["17", f"{certainty:.3f}", f"{first:.1f}", "%"]
-    assert [path.name for path in tmp_path.iterdir()] == ["labels.jsonl"]
-
-
-def test_label_by_a_server_and_again_from_its_cache(serve, world, tmp_path, monkeypatch, capsys):
-    server, out = serve(shorter), tmp_path / "labels.jsonl"
-    assert run(monkeypatch, judged(world, server, out)) == 0
-    rows, said = read(out), capsys.readouterr().out
-    pairs = reward.response_pairs([world], 5, data.Counter())
-    readable = [pair for pair in pairs if not undecided(pair["response_a"], pair["response_b"])]
-    assert 0 < len(readable) < 5
-    expected = []
-    for pair in readable:
-        advantage = (len(pair["response_b"]) - len(pair["response_a"])) / 100
-        p_a = (sigmoid(advantage + 0.2) + sigmoid(advantage - 0.2)) / 2
-        expected += [{**pair, "principle": name, "p_a": pytest.approx(p_a)} for name in ("toxicity", "Brevity")]
-    assert rows == expected
-    assert f"{2 * (5 - len(readable))} labels left out as unreadable" in said
-    requests = len(server.requests)
-    assert requests == 20 and "20 requests" in said
-    before = out.read_bytes()
-    assert run(monkeypatch, judged(world, server, out)) == 0
-    assert out.read_bytes() == before and len(server.requests) == requests
-    assert "0 requests" in capsys.readouterr().out
-
-
-KILLED = """
-import os, signal, sys
-import align
-import reward
-count = int(sys.argv.pop(1))
-add, done = align.Journal.add, 0
-
-def dying(journal, rows):
-    global done
-    add(journal, rows)
-    done += 1
-    if done == count:
-        os.write(journal.file.fileno(), b'{"index": 9, "p_a": 0.')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-align.Journal.add = dying
-reward.main()
-"""
-
-
-def killed(words, count):
-    """Run reward.py in a process that is killed, with SIGKILL, in the middle of writing label count + 1."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(count), *map(str, words)], capture_output=True,
-                           env=environment, timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-
-
-def test_a_killed_run_by_the_annotator_goes_on(world, tmp_path, monkeypatch, capsys):
-    words = ["label", world, "--principles", "overall", "bias", "--seed", 1, "--out"]
-    assert run(monkeypatch, [*words, tmp_path / "whole"]) == 0
-    killed([*words, tmp_path / "out"], 7)
-    assert not (tmp_path / "out").exists()
-    refused(monkeypatch, capsys, [*words, tmp_path / "out", "--flip-rate", 0.1], "out.part", "other settings")
-    annotated, annotate = [], reward.annotate
-    monkeypatch.setattr(reward, "annotate", lambda *rest: annotated.append(rest) or annotate(*rest))
-    assert run(monkeypatch, [*words, tmp_path / "out"]) == 0
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert len(annotated) == 34 - 7 and len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_killed_run_with_a_server_asks_nothing_twice(serve, world, tmp_path, monkeypatch):
-    server = serve(shorter)
-    assert run(monkeypatch, judged(world, server, tmp_path / "whole")) == 0
-    words = judged(world, server, tmp_path / "out", "--concurrency", 1)
-    killed(words, 4)
-    (tmp_path / "out.judge-cache.jsonl").unlink()  # the journal alone will do
-    server.requests.clear()
-    assert run(monkeypatch, words) == 0
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert len(server.requests) == 2 * (10 - 4)
-
-
-def test_a_judge_that_never_says_a_or_b_leaves_nothing_behind_but_what_it_said(serve, world, tmp_path, monkeypatch,
-                                                                               capsys):
-    server = serve(lambda payload: logs(Sorry=0.9))
-    refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), server.url, "none of the 10 labels",
-            "out.part")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("words, told", [
-    (["--principles", "helpfulnes"], ["unknown objective 'helpfulnes'", "helpfulness"]),
-    (["--principles", "Wit: be witty"], ["cannot judge 'Wit'", "--judge-url"]),
-    (["--judge-url", "http://localhost:1"], ["--judge-model go together"]),
-    (["--judge-url", "http://localhost:1", "--judge-model", "m", "--flip-rate", "0.2"], ["--flip-rate", "annotator"]),
-    (["--judge-url", "localhost", "--judge-model", "m"], ["localhost: not the address"]),
-    (["--temperature", "0"], ["--temperature must be more than 0"]), (["--temperature", "nan"], ["more than 0"]),
-    (["--position-bias", "inf"], ["--position-bias"]), (["--flip-rate", "1.1"], ["--flip-rate must be"]),
-    (["--limit", "0"], ["--limit must be"]), (["--concurrency", "0"], ["--concurrency must be"]),
-])
-def test_refusals_of_label(world, tmp_path, monkeypatch, capsys, words, told):
-    refused(monkeypatch, capsys, ["label", world, "--out", tmp_path / "out", *words], *told)
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_that_cannot_be_labelled(world, tmp_path, monkeypatch, capsys):
-    data.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
-    data.write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
-    before = sorted(tmp_path.iterdir())
-    for source, told in ((tmp_path / "prompts.jsonl", "no prompt has two different responses"),
-                         (tmp_path / "other.jsonl", "does not know the question"),
-                         (tmp_path / "none", "no such file")):
-        refused(monkeypatch, capsys, ["label", source, "--out", tmp_path / "out"], told)
-    refused(monkeypatch, capsys, ["label", world, "--out", world], "is an input too")
-    refused(monkeypatch, capsys, ["label", world, "--out", tmp_path], "no ordinary file")
-    assert sorted(tmp_path.iterdir()) == before
 
 
 # ----------------------------------------------------------------------------- what is reported
@@ -617,18 +277,24 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 def labelled(tmp_path):
     """A folder with a tiny Llama in "base", and labels of 40 pairs on three principles."""
     rated = list(toy.rated(40, 3, responses=2))
-    tokenizer = toy.train_tokenizer([row["prompt"] + response["text"] for row in rated for response in row["responses"]], 400)
-    model.Llama(model.Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), 1).save_pretrained(tmp_path / "base")
+    texts = [row["prompt"] + response["text"] for row in rated for response in row["responses"]]
+    tokenizer = toy.train_tokenizer(texts, 400)
+    llama = model.Llama(model.Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), 1)
+    checkpoint.save(llama, tmp_path / "base")
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
-    pairs = [{"prompt": row["prompt"], "response_a": row["responses"][0]["text"], "response_b": row["responses"][1]["text"]}
-             for row in rated]
-    data.write_jsonl(tmp_path / "labels.jsonl", reward.embedded_labels(pairs, ["toxicity", "detail", "overall"], 1))
+    pairs = [{"prompt": row["prompt"], "response_a": row["responses"][0]["text"],
+              "response_b": row["responses"][1]["text"]} for row in rated]
+    write_jsonl(tmp_path / "labels.jsonl", feedback.embedded_labels(pairs, ["toxicity", "detail", "overall"], 1))
     return tmp_path
 
 
 def training(labelled, out, *more):
-    return ["train", labelled / "labels.jsonl", "--model", labelled / "base", "--out", labelled / out, "--lr", "3e-3", "--batch",
-            "8", "--val-share", "0.25", "--precision", "fp32", "--device", "cpu", *more]
+    return ["train", labelled / "labels.jsonl", "--model", labelled / "base", "--out", labelled / out, "--lr", "3e-3",
+            "--batch", "8", "--val-share", "0.25", "--precision", "fp32", "--device", "cpu", *more]
+
+
+def scoring(labelled, *folders):
+    return ["score", labelled / "labels.jsonl", "--models", *folders, "--device", "cpu"]
 
 
 def test_one_model_is_trained_for_each_principle_and_its_scores_are_normalised(labelled, monkeypatch, capsys):
@@ -637,7 +303,7 @@ def test_one_model_is_trained_for_each_principle_and_its_scores_are_normalised(l
     assert re.search(r"toxicity +\d+ +\d+\.\d \[\d+\.\d, \d+\.\d\]", said) and "correlations" in said
     folders = [labelled / "pms" / name for name in ("toxicity", "detail")]
     scorers = reward.Scorers(folders, "cpu")
-    rows = list(data.read_preferences(labelled / "labels.jsonl", "toxicity"))
+    rows = list(formats.read_preferences(labelled / "labels.jsonl", "toxicity"))
     scores = scorers.score(*reward.reference_responses(rows))
     assert scorers.names == ["toxicity", "detail"]
     assert not (labelled / "pms" / "overall").exists()
@@ -651,7 +317,7 @@ def test_whole_models_and_adapters_score_in_one_call_as_each_alone(labelled, mon
     assert run(monkeypatch, training(labelled, "lora", "--lora-rank", "4")) == 0
     assert (labelled / "lora" / "detail" / "adapter_config.json").exists()
     folders = [labelled / "lora" / "detail", labelled / "whole" / "toxicity", labelled / "lora" / "overall"]
-    rows = list(data.read_preferences(labelled / "labels.jsonl", "toxicity"))
+    rows = list(formats.read_preferences(labelled / "labels.jsonl", "toxicity"))
     prompts, responses = reward.reference_responses(rows)
     together = reward.Scorers(folders, "cpu").score(prompts, responses, micro_tokens=1000)
     alone = [reward.Scorers([folder], "cpu").score(prompts, responses)[0] for folder in folders]
@@ -661,9 +327,9 @@ def test_whole_models_and_adapters_score_in_one_call_as_each_alone(labelled, mon
 
 def test_a_score_is_that_of_the_text_as_it_is_trained_on(labelled, monkeypatch):
     assert run(monkeypatch, training(labelled, "pms", "--principles", "detail")) == 0
-    llama = model.Llama.from_pretrained(labelled / "pms" / "detail", scorer=True)
-    tokenizer = model.load_tokenizer(labelled / "base")
-    ids, _ = data.encode_pair(tokenizer, "How?", "So.", 0, 1)
+    llama = checkpoint.load(labelled / "pms" / "detail", scorer=True)
+    tokenizer = checkpoint.load_tokenizer(labelled / "base")
+    ids = data.encode_document(tokenizer, "How?", "So.", 0, 1).ids
     with torch.no_grad():
         expected = model.document_scores(llama, torch.tensor(ids), [len(ids)])
     found = reward.Scorers([labelled / "pms" / "detail"], "cpu").score(["How?", "Why? " * 300], ["So.", "So."])
@@ -679,7 +345,7 @@ def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(label
     assert "finished already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")} == before
     models = [labelled / "pms" / name for name in ("detail", "overall")]
-    assert run(monkeypatch, ["score", labelled / "labels.jsonl", "--models", *models, "--out", labelled / "scored.jsonl"]) == 0
+    assert run(monkeypatch, [*scoring(labelled, *models), "--out", labelled / "scored.jsonl"]) == 0
     rows = read(labelled / "scored.jsonl")
     scorers = reward.Scorers(models, "cpu")
     expected = scorers.score([rows[5]["prompt"]] * 2, [rows[5]["response_a"], rows[5]["response_b"]])
@@ -692,58 +358,40 @@ def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(label
 
 def test_bad_input_to_train_and_score_is_one_line(labelled, monkeypatch, capsys):
     refused(monkeypatch, capsys, training(labelled, "pms", "--principles", "kindness"), "no labels of kindness")
-    refused(monkeypatch, capsys, ["score", labelled / "labels.jsonl", "--models", labelled / "nowhere"], "nowhere", "no such folder")
+    refused(monkeypatch, capsys, training(labelled, "pms", "--principles", "detail", "wit"), "no labels of wit;")
+    refused(monkeypatch, capsys, scoring(labelled, labelled / "nowhere"), "nowhere", "no such folder")
     refused(monkeypatch, capsys, ["score", labelled / "none.jsonl", "--models", labelled / "base"], "none.jsonl")
-    (labelled / "base" / "principle.json").write_text("[]")
-    refused(monkeypatch, capsys, ["score", labelled / "labels.jsonl", "--models", labelled / "base"], "principle.json")
+    write_jsonl(labelled / "answers.jsonl", [{"prompt": "Why?", "responses": [{"text": "So."}, {"text": "No."}]}])
+    refused(monkeypatch, capsys, ["score", labelled / "answers.jsonl", "--models", labelled / "base"], "answers.jsonl",
+            "no labels of any principle", "feedback.py label")
+    for content in ([], {"name": "a", "mean": 0}, {"name": "a", "mean": "0", "std": 1},
+                    {"name": 1, "mean": 0, "std": 1}):
+        (labelled / "base" / "principle.json").write_text(json.dumps(content))
+        refused(monkeypatch, capsys, scoring(labelled, labelled / "base"), "principle.json", "no name, mean and std")
+    assert not (labelled / "pms").exists()
 
 
-# ----------------------------------------------------------------------------- a policy's answers
+def test_only_preference_models_score(labelled, monkeypatch, capsys):
+    """A language model's scalar head would be zero, and all its scores alike; one of several heads is none of ours."""
+    refused(monkeypatch, capsys, scoring(labelled, labelled / "base"), "base", "is a language model")
+    llama = checkpoint.load(labelled / "base")
+    checkpoint.save(lora.add_lora(llama, 4, labelled / "base"), labelled / "adapter")
+    (labelled / "adapter" / "tokenizer.json").write_bytes((labelled / "base" / "tokenizer.json").read_bytes())
+    refused(monkeypatch, capsys, scoring(labelled, labelled / "adapter"), "adapter", "is a language model")
+    two = model.Llama(model.Config(vocab_size=llama.config.vocab_size, **SIZES, num_labels=2))
+    checkpoint.save(two, labelled / "two")
+    refused(monkeypatch, capsys, scoring(labelled, labelled / "two"), "two: 2 scalar heads")
 
 
-def test_a_policy_answers_twice_and_a_killed_run_goes_on(labelled, monkeypatch, capsys):
-    data.write_jsonl(labelled / "prompts.jsonl", [{"prompt": row["prompt"]} for row in toy.rated(7, 2)])
-    words = ["answer", labelled / "prompts.jsonl", "--policy", labelled / "base", "--max-new-tokens", 12, "--batch", 3,
-             "--device", "cpu", "--out"]
-    assert run(monkeypatch, [*words, labelled / "whole.jsonl"]) == 0
-    rows = read(labelled / "whole.jsonl")
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in toy.rated(7, 2)]
-    assert all(len(row["responses"]) == 2 for row in rows)
-    assert sum(row["responses"][0] != row["responses"][1] for row in rows) > 3
-    write, written = reward.Journal.add, []
-
-    def stop(journal, rows):
-        write(journal, rows)
-        written.append(rows)
-        if len(written) == 9:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(reward.Journal, "add", stop)
-    assert run(monkeypatch, [*words, labelled / "killed.jsonl"]) == 130 and not (labelled / "killed.jsonl").exists()
-    monkeypatch.setattr(reward.Journal, "add", write)
-    assert run(monkeypatch, [*words, labelled / "killed.jsonl"]) == 0
-    assert (labelled / "killed.jsonl").read_bytes() == (labelled / "whole.jsonl").read_bytes()
-    assert run(monkeypatch, ["label", labelled / "whole.jsonl", "--principles", "detail", "--out", labelled / "l.jsonl"]) == 0
-    refused(monkeypatch, capsys, ["answer", labelled / "prompts.jsonl", "--policy", labelled / "base", "--out",
-                                  labelled / "x.jsonl", "--responses", "0"], "--responses must be at least 1")
-
-
-def test_a_server_is_asked_for_each_answer_anew(labelled, monkeypatch):
-    """Not from the cache of the first: the seeds differ."""
-    seeds = []
-
-    def answered(items, policy, args):
-        seeds.append(args.seed)
-        yield from enumerate(f"{item['prompt']} {args.seed}" for item in items)
-    monkeypatch.setattr(reward, "answered", answered)
-    data.write_jsonl(labelled / "prompts.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
-    assert run(monkeypatch, ["answer", labelled / "prompts.jsonl", "--policy", "http://x", "--policy-model", "m", "--seed", "3",
-                             "--responses", "3", "--out", labelled / "out.jsonl"]) == 0
-    assert seeds == [9, 10, 11]
-    assert [response["text"] for response in read(labelled / "out.jsonl")[1]["responses"]] == ["two 9", "two 10", "two 11"]
+@pytest.mark.parametrize("words", [["--val-share", "1"], ["--lr", "-1"], ["--batch", "0"], ["--epochs", "nan"],
+                                   ["--beta", "0.1"], ["--precision", "fp8"]])
+def test_train_takes_the_numbers_of_train_and_names_a_wrong_one(labelled, monkeypatch, capsys, words):
+    refused(monkeypatch, capsys, training(labelled, "pms", *words), *words[:1])
+    assert not (labelled / "pms").exists()
 
 
 def test_a_principle_that_cannot_name_a_folder_is_refused(labelled, monkeypatch, capsys):
-    data.write_jsonl(labelled / "labels.jsonl", [data.preference("p", "a", "b", "up/../down", 1.0)])
+    write_jsonl(labelled / "labels.jsonl", [preference("p", "a", "b", "up/../down", 1.0)])
     refused(monkeypatch, capsys, training(labelled, "pms"), "up/../down", "cannot name a folder")
 
 
@@ -755,7 +403,7 @@ def test_fitted_weights_are_those_the_overall_labels_were_made_with(tmp_path):
     scores = torch.randn(3, 4000, 2, generator=generator) * Scorers.std[:, None, None]
     margin = (scores[..., 0] - scores[..., 1]) / Scorers.std[:, None]
     p_a = torch.sigmoid(1.5 * margin[0] - 0.5 * margin[2]).tolist()
-    rows = [data.preference("q", "x", "y", "overall", p) for p in p_a]
+    rows = [preference("q", "x", "y", "overall", p) for p in p_a]
     reward.write_weights(tmp_path / "weights.json", Scorers, rows, scores)
     assert json.loads((tmp_path / "weights.json").read_text()) == pytest.approx({"a": 1.5, "b": -0.5}, abs=0.02)
 
@@ -767,7 +415,7 @@ def test_a_text_in_several_pairs_is_scored_once():
         def score(self, prompts, responses):
             self.asked += responses
             return torch.tensor([[float(len(text)) for text in responses], [float(ord(text[0])) for text in responses]])
-    rows = [data.preference("q", *pair, "overall", 1.0) for pair in (("aa", "b"), ("b", "cccc"), ("aa", "b"))]
+    rows = [preference("q", *pair, "overall", 1.0) for pair in (("aa", "b"), ("b", "cccc"), ("aa", "b"))]
     scores = reward.score_pairs(Scorers(), rows)
     assert scores.tolist() == [[[2, 1], [1, 4], [2, 1]], [[97, 98], [98, 99], [97, 98]]]
     assert Scorers.asked == ["aa", "b", "cccc"]

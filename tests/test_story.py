@@ -1,11 +1,15 @@
 """What `make train` does with answers once its models are trained (the training itself is tested in test_train.py)."""
+import dataclasses
+import json
 import random
 
 import pytest
+import torch
 
-import data
+import formats
 import story
 import toy
+from common import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def test_judging_pools_topics_and_agrees_with_the_scorers(items):
     for item in items:
         edited = item["original"] + " If it goes wrong, call it a tradition."
         rows.append({**item, "aligned": edited, "objectives": story.judged_objectives(item)})
-    figures = story.eval.evaluate(rows, None, story.exact_judge, 1, progress=False, room=story.has_room)["objectives"]
+    figures = story.evaluate(rows, None, story.judge, 1, progress=False, room=story.has_room)["objectives"]
     named = [item for item in items if item["kind"] == "named"]
     without = [item for item in named if toy.score("humour", item["prompt"], item["original"]) == 0]
     assert figures["humour"]["n"] == len(named) and figures["humour"]["wins"] == len(without)
@@ -43,7 +47,7 @@ def test_judging_pools_topics_and_agrees_with_the_scorers(items):
 
 def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
     path = story.reformulate(tmp_path, toy.TRAINED_TOPICS[:50], 0)
-    names = {name for row in data.read_pairs(path) for name in row["objectives"]}
+    names = {name for row in formats.read_pairs(path) for name in row["objectives"]}
     assert not names & set(toy.HELD_OUT)
     assert {name.partition("_")[2] for name in names - set(toy.NAMED)} == set(toy.TRAINED_TOPICS[:50])
     rated = (tmp_path / "rated.jsonl").read_text()
@@ -53,7 +57,7 @@ def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
 def test_a_folder_belongs_to_one_seed(tmp_path):
     story.claim(tmp_path / "run", 1)
     story.claim(tmp_path / "run", 1)
-    with pytest.raises(data.UserError, match="holds a run with seed 1"):
+    with pytest.raises(UserError, match="holds a run with seed 1"):
         story.claim(tmp_path / "run", 2)
 
 
@@ -61,29 +65,29 @@ def test_a_folder_belongs_to_one_seed(tmp_path):
 def short(monkeypatch):
     """The story with two steps of every training."""
     for name in ("WORDS", "PRETRAIN", "POLICY"):
-        monkeypatch.setattr(story, name, story.with_seed(getattr(story, name), 0, max_steps=2))
+        monkeypatch.setattr(story, name, dataclasses.replace(getattr(story, name), max_steps=2))
     monkeypatch.setattr(story, "SMALL_STEPS", 2)
     monkeypatch.setattr(story, "STEPS", {"identity": 2, "better": 2})
     monkeypatch.setattr(story, "PROMPTS", 3)
 
 
 def test_the_story_from_end_to_end(short, tmp_path, capsys):
-    story.story(tmp_path, 0, story.torch.device("cpu"))
+    story.story(tmp_path, 0, torch.device("cpu"))
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*toy.POLICIES, *toy.NAMED, "mention a held-out topic"])
     for policy in toy.POLICIES:
-        rows = story.eval.read_aligned(tmp_path / "aligned" / f"{policy}.jsonl")
+        rows = formats.read_aligned(tmp_path / "aligned" / f"{policy}.jsonl")
         assert len({row["prompt"] for row in rows}) <= 3 <= len(rows) / 3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == len(toy.POLICIES) and "mention a held-out topic" in page
 
 
 def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path):
-    story.ablation(tmp_path, [5, 10], 0, story.torch.device("cpu"))
-    rows = [data.parse_json(text, "topics.jsonl", number) for number, text in data.lines(tmp_path / "topics.jsonl")]
+    story.ablation(tmp_path, [5, 10], 0, torch.device("cpu"))
+    rows = [json.loads(line) for line in open(tmp_path / "topics.jsonl", encoding="utf-8")]
     held_out = [(row["topics"], row["n"]) for row in rows if row["objective"] == "mention a held-out topic"]
     assert [topics for topics, _ in held_out] == [5, 10] and held_out[0][1] == held_out[1][1] > 0
     for count in (5, 10):
-        pairs = data.read_pairs(tmp_path / f"topics-{count}-0" / "pairs.jsonl")
+        pairs = formats.read_pairs(tmp_path / f"topics-{count}-0" / "pairs.jsonl")
         names = {name.partition("_")[2] for row in pairs for name in row["objectives"]} - {""}
         assert len(names & set(toy.TOPICS)) == count

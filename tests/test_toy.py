@@ -6,7 +6,8 @@ import pytest
 
 import data
 import toy
-from data import UserError
+from common import UserError
+from endpoint import Endpoint
 
 TEA = "\n\nHuman: How do I brew a pot of tea?\n\nAssistant:"
 
@@ -34,7 +35,7 @@ def test_principles_of_an_answer_read_by_hand():
                 "relevance": -3, "context": 1, "bias": -1, "understandability": -4, "detail": 4, "conciseness": -15,
                 "overall": 2 - 1.2 - 2.5 - 0.8 - 0.3 - 2 * 0.4 + 0 + 0.5 + 2 * 0.5 + 0.4 - 1}
     assert {name: toy.score(name, TEA, text) for name in expected} == pytest.approx(expected)
-    assert list(expected) == [*toy.PRINCIPLES, "overall"]
+    assert list(expected) == [*toy.WORTH, "overall"]
 
 
 def test_the_overall_preference_is_no_linear_function():
@@ -68,8 +69,9 @@ def test_best_is_reached_by_a_perfect_answer_and_never_passed():
     perfect = f"{right} {extras} Some would rather spend the day with violins."
     for name in [*toy.NAMED, "mention_violins", "avoid_penguins", "intact"]:
         assert toy.score(name, TEA, perfect) == toy.best(name)
-    rng = random.Random(0)
-    for row in toy.rated(200, 5):
+    rng, rows = random.Random(0), list(toy.rated(200, 5))
+    assert len(rows) == 200 and all(len(row["responses"]) == 4 for row in rows)
+    for row in rows:
         for response in row["responses"]:
             assert all(value <= toy.best(name) for name, value in response["scores"].items())
         assert toy.score("intact", row["prompt"], toy.golden(row["prompt"], rng, ["violins"])) == 0
@@ -97,8 +99,9 @@ def test_no_held_out_objective_in_any_aligner_example():
 
 
 def test_every_listed_objective_is_better_in_the_target():
-    objectives = [toy.OBJECTIVES[name] for name in toy.TRAINED]
-    for row in data.reformulate(toy.rated(100, 3), objectives):
+    rows = list(data.reformulate(toy.rated(100, 3), [toy.OBJECTIVES[name] for name in toy.TRAINED]))
+    assert len(rows) > 500 and {row["relation"] for row in rows} == {"better", "equal"}
+    for row in rows:
         prompt = "\n\n" + row["prompt"][slice(*row["context"])]
         weak, strong = row["prompt"][slice(*row["answer"])], row["completion"]
         for name in row["objectives"]:
@@ -157,7 +160,6 @@ def test_the_same_seed_gives_the_same_world():
 
 
 def test_the_black_box_answers_over_http_and_only_what_it_knows():
-    from eval import Endpoint
     server = toy.serve("blackbox")
     text = Endpoint(server.url, "any").complete(TEA, 100)
     assert toy.score("intact", TEA, text) == 0 and text

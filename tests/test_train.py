@@ -15,13 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import data
-import model
+import formats
+import resume
 import toy
 import train
+from common import UserError, write_jsonl
 from conftest import refused, run
-from data import UserError
-from train import Batch, Options, Stage
+from data import Document, Example
+from model import Config, Llama, logits
+from train import METHODS, Method, Options, Stage
 
 ROOT = Path(__file__).parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -30,13 +34,23 @@ FAST = Options(lr=3e-3, batch=4, max_tokens=512, val_share=0.2, val_every=3, epo
 
 
 def tiny(vocab_size=64, seed=0, **changes):
-    return model.Llama(model.Config(vocab_size=vocab_size, **{**SIZES, **changes}), seed)
+    return Llama(Config(vocab_size=vocab_size, **{**SIZES, **changes}), seed)
 
 
 def random_examples(count, seed=0, longest=20):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
-    return [(array("i", torch.randint(2, 64, (n,), generator=generator).tolist()), n // 2) for n in lengths]
+    return [text_example(torch.randint(2, 64, (n,), generator=generator).tolist(), n // 2) for n in lengths]
+
+
+def text_example(ids, start):
+    return Example([Document(array("i", ids), start)])
+
+
+def text(example):
+    """The token ids of an example of one document."""
+    document, = example.documents
+    return document.ids
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +61,13 @@ def world(tmp_path_factory):
     tokenizer = toy.train_tokenizer(texts, 1200)
     llama = tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True)
     for name in ("init", "base"):
-        llama.save_pretrained(folder / name)
+        checkpoint.save(llama, folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"))
     (folder / "init" / "model.safetensors").unlink()
     objectives = [toy.OBJECTIVES[name] for name in toy.NAMED]
-    data.write_jsonl(folder / "texts.jsonl", ({"text": text} for text in texts))
-    data.write_jsonl(folder / "rated.jsonl", toy.rated(12, 1, responses=3))
-    data.write_jsonl(folder / "pairs.jsonl", data.reformulate(data.read_rated(folder / "rated.jsonl"), objectives))
+    write_jsonl(folder / "texts.jsonl", ({"text": text} for text in texts))
+    write_jsonl(folder / "rated.jsonl", toy.rated(12, 1, responses=3))
+    write_jsonl(folder / "pairs.jsonl", data.reformulate(formats.read_rated(folder / "rated.jsonl"), objectives))
     return folder
 
 
@@ -61,9 +75,9 @@ def command(world, stage="aligner", out="out", model_folder="base", **changes):
     """The words of a command line for a run of a few seconds."""
     files = {"pretrain": "texts.jsonl", "sft": "rated.jsonl", "aligner": "pairs.jsonl"}
     settings = {"lr": 3e-3, "batch": 4, "max-steps": 4, "val-share": 0.2, "val-every": 3, "save-seconds": 0,
-                "warmup-data": 1.0, "device": "cpu", **changes}
+                "device": "cpu", **({"warmup-data": 1.0} if stage == "aligner" else {}), **changes}
     words = [stage, "--model", world / model_folder, "--data", world / files[stage], "--out", out]
-    words += [word for name, value in settings.items() for word in (f"--{name}", value)]
+    words += [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
     return [str(word) for word in words]
 
 
@@ -95,11 +109,23 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
 @pytest.mark.parametrize("count, batch", [(12, 4), (10, 4), (3, 8)])
 def test_each_epoch_covers_every_example_once(count, batch):
     stage, options = Stage("s", random_examples(count)), Options(batch=batch, seed=3)
-    drawn = [id(ids) for step in range(3 * count) for ids, _ in train.examples_of(stage, step, options)]
-    everything = sorted(id(ids) for ids, _ in stage.examples)
+    drawn = [id(example) for step in range(3 * count) for example in train.examples_of(stage, step, options)]
+    everything = sorted(map(id, stage.examples))
     epochs = [drawn[start:start + count] for start in range(0, len(drawn), count)]
     assert len(epochs) == 3 * batch and all(sorted(epoch) == everything for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1  # in another order each time
+
+
+@pytest.mark.parametrize("share", [0.25, 0.99])
+def test_an_epoch_covers_every_example_beside_replayed_texts(share):
+    """Also where next to nothing of a batch is left for them."""
+    stage = Stage("s", random_examples(22), replay=random_examples(5, 1), replay_share=share)
+    options = Options(batch=4, epochs=1.0)
+    drawn = [id(example) for step in range(train.steps_in(stage, options))
+             for example in train.examples_of(stage, step, options)]
+    assert set(map(id, stage.examples)) <= set(drawn)
+    own = [example for example in drawn if example in set(map(id, stage.examples))]
+    assert len(own) < 22 + 4, "and hardly any of them twice"
 
 
 def test_examples_depend_on_seed_and_step_alone():
@@ -108,54 +134,59 @@ def test_examples_depend_on_seed_and_step_alone():
     torch.manual_seed(99)
     assert train.examples_of(stage, 4, Options(batch=8)) == first[4]
     assert train.examples_of(stage, 4, Options(batch=8, seed=1)) != first[4]
-    replayed = {id(ids) for ids, _ in stage.replay}
-    assert [sum(id(ids) in replayed for ids, _ in examples) for examples in first] == [2] * 6
+    replayed = set(map(id, stage.replay))
+    assert [sum(id(example) in replayed for example in examples) for examples in first] == [2] * 6
 
 
 def test_pack_keeps_to_the_budget_and_loses_nothing():
-    examples = random_examples(40) + [(array("i", range(2, 62)), 7)]  # one longer than the budget
+    examples = random_examples(40) + [text_example(range(2, 62), 7)]  # one longer than the budget
     batches = list(train.pack(examples, 50, "cpu"))
     for batch in batches:
         assert len(batch.tokens) == sum(batch.lengths)
         assert len(batch.tokens) <= 50 or len(batch.lengths) == 1
     parts = [part.tolist() for batch in batches for part in batch.tokens.split(batch.lengths)]
-    assert sorted(parts) == sorted(ids.tolist() for ids, _ in examples)
-
-
-@pytest.mark.parametrize("kind, more", [("cpu", 0), ("cuda", 1)])
-def test_beside_a_gpu_a_thread_makes_the_next_item_and_no_more(kind, more):
-    made, used, device = [], [], torch.device(kind)
-    for item in train.ahead(lambda number: made.append(number) or number * number, range(6), device):
-        used.append(item)
-        assert len(made) <= len(used) + more
-    assert used == [0, 1, 4, 9, 16, 25] and made == list(range(6))
-    assert list(train.ahead(str, [], device)) == []
-    items = train.ahead(lambda number: 1 / number, [2, 1, 0], device)
-    assert [next(items), next(items)] == [0.5, 1.0]
-    with pytest.raises(ZeroDivisionError):
-        next(items)
+    assert sorted(parts) == sorted(text(example).tolist() for example in examples)
 
 
 def test_targets_are_the_completions_and_never_a_first_token():
-    batch, = train.pack([([5, 6, 7, 8], 2), ([9, 10, 11], 0)], 100, "cpu")
+    batch, = train.pack([text_example([5, 6, 7, 8], 2), text_example([9, 10, 11], 0)], 100, "cpu")
     assert batch.tokens.tolist() == [9, 10, 11, 5, 6, 7, 8] and batch.lengths == [3, 4]
-    assert batch.targets.tolist() == [1, 2, 5, 6]
+    assert batch.targets.tolist() == [1, 2, 5, 6] and batch.document.tolist() == [0, 0, 1, 1]
+    assert batch.pairs is None and batch.count == 4
+
+
+def pair_example(first, second, label, prompt=(7, 7, 7)):
+    """Two responses (token ids) to one prompt."""
+    return Example([Document(array("i", [*prompt, *ids]), len(prompt)) for ids in (first, second)], label)
+
+
+def test_pairs_find_their_documents_and_sum_over_their_targets():
+    examples = [pair_example([8] * 9, [9], 0.9), pair_example([10], [11] * 5, 0.2)]
+    batch, = train.pack(examples, 1000, "cpu")
+    assert batch.lengths == [4, 4, 8, 12] and batch.count == 2
+    starts = torch.tensor(batch.lengths).cumsum(0) - torch.tensor(batch.lengths)
+    said = batch.tokens[starts[batch.pairs] + 3]  # the first token of each response
+    pairs = [[8, 9], [10, 11]] if batch.labels.tolist() == pytest.approx([0.9, 0.2]) else [[10, 11], [8, 9]]
+    assert said.tolist() == pairs
+    sums = batch.by_pair(torch.ones(len(batch.targets)))
+    assert sums.tolist() == [[{8: 9, 9: 1, 10: 1, 11: 5}[token] for token in row] for row in pairs]
 
 
 def test_cross_entropy_is_that_of_a_padded_batch():
     """Values and gradients against torch's own, on rows padded at the right, with ignore_index."""
     llama, examples = tiny(), random_examples(7)
     batch, = train.pack(examples, 10_000, "cpu")
-    loss = train.cross_entropy(llama, batch)
+    loss = train.batch_loss(llama, batch, METHODS["sft"], FAST)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in llama.named_parameters()}
     llama.zero_grad()
-    longest = max(len(ids) for ids, _ in examples)
+    longest = max(len(text(example)) for example in examples)
     tokens, labels = torch.zeros(7, longest, dtype=torch.long), torch.full((7, longest), -100)
-    for row, (ids, n_prompt) in enumerate(examples):
+    for row, example in enumerate(examples):
+        ids, start = text(example), example.documents[0].start
         tokens[row, :len(ids)] = torch.tensor(list(ids))
-        labels[row, n_prompt:len(ids)] = torch.tensor(list(ids[n_prompt:]))
-    expected = F.cross_entropy(llama(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100,
+        labels[row, start:len(ids)] = torch.tensor(list(ids[start:]))
+    expected = F.cross_entropy(logits(llama, tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100,
                                reduction="sum")
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -165,7 +196,7 @@ def test_cross_entropy_is_that_of_a_padded_batch():
 
 def test_micro_batches_add_up_to_one_batch(tmp_path, world):
     """The same steps whatever the accumulation: same losses, gradient norms and weights, to rounding."""
-    tokenizer, results = model.load_tokenizer(world / "base"), []
+    tokenizer, results = checkpoint.load_tokenizer(world / "base"), []
     for number, micro_tokens in enumerate((10_000, 40, 1)):
         llama, stage = tiny(), Stage("pretrain", random_examples(12), random_examples(4, 1))
         options = Options(**{**vars(FAST), "micro_tokens": micro_tokens})
@@ -183,42 +214,42 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, world):
 
 
 def test_identity_rows_ask_for_the_answer_itself(world):
-    rows = train.identity_rows([world / "pairs.jsonl"], share=1.0)
+    rows = train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=1.0))
     assert len(rows) > 20 and all(row["relation"] == "equal" for row in rows)
     for row in rows:
         assert row["completion"] and row["prompt"].endswith(f"Answer: {row['completion']}\n\nEdited answer:")
-    part = train.identity_rows([world / "pairs.jsonl"], seed=1, share=0.25)
+    part = train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=1))
     assert len(part) == math.ceil(0.25 * len(rows)) and all(row in rows for row in part)
-    assert part != train.identity_rows([world / "pairs.jsonl"], seed=2, share=0.25)
+    assert part != train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=2))
 
 
 def test_each_step_has_its_own_pairs(world):
-    pairs = list(data.read_pairs(world / "pairs.jsonl"))
-    equal, better = train.equal_rows([world / "pairs.jsonl"]), train.better_rows([world / "pairs.jsonl"])
+    pairs = list(formats.read_pairs(world / "pairs.jsonl"))
+    equal, better = (METHODS[name].rows([world / "pairs.jsonl"], Options()) for name in ("equal", "better"))
     assert len(equal) + len(better) == len(pairs) and {row["relation"] for row in better} == {"better"}
-    partner = train.partner_rows([world / "pairs.jsonl"], share=0.5)
+    partner = train.partner_rows([world / "pairs.jsonl"], Options(warmup_data=0.5))
     assert all(row in equal for row in partner) and len(partner) == math.ceil(len(equal) / 2)
 
 
 def test_no_held_out_prompt_is_trained_on(world):
-    tokenizer, rows = model.load_tokenizer(world / "base"), train.better_rows([world / "pairs.jsonl"])
-    stage = train.prepare("better", rows, tokenizer, model.Config(**SIZES), FAST)
-    questions = [row["prompt"] for row in data.read_rated(world / "rated.jsonl")]
+    tokenizer, rows = checkpoint.load_tokenizer(world / "base"), train.better_rows([world / "pairs.jsonl"], Options())
+    stage = train.prepare("better", rows, tokenizer, Config(**SIZES), FAST)
+    questions = [row["prompt"] for row in formats.read_rated(world / "rated.jsonl")]
 
     def asked(examples):
-        texts = [tokenizer.decode(ids) for ids, _ in examples]
-        return {question for question in questions if any(question.strip() in text for text in texts)}
+        texts = [tokenizer.decode(text(example)) for example in examples]
+        return {question for question in questions if any(question.strip() in said for said in texts)}
     assert stage.examples and stage.held_out and len(stage.examples) + len(stage.held_out) == len(rows)
     assert asked(stage.examples) and asked(stage.held_out) and not asked(stage.examples) & asked(stage.held_out)
 
 
 def test_examples_end_at_max_tokens_and_longer_ones_lengthen_the_models_context(world, capsys):
-    tokenizer = model.load_tokenizer(world / "base")
+    tokenizer = checkpoint.load_tokenizer(world / "base")
     rows = [{"prompt": "", "completion": "water " * count} for count in (5, 700, 2000)]
-    config = model.Config(**SIZES)
+    config = Config(**SIZES)
     before, options = config.max_position_embeddings, Options(val_share=0.0, max_tokens=1500)
     stage = train.prepare("pretrain", rows, tokenizer, config, options)
-    lengths = sorted(len(ids) for ids, _ in stage.examples)
+    lengths = sorted(len(text(example)) for example in stage.examples)
     assert len(lengths) == 2 and "1 of 3 examples left out: over 1500 tokens" in capsys.readouterr().out
     assert config.max_position_embeddings == lengths[-1] > before
 
@@ -253,22 +284,23 @@ def test_metrics_have_a_row_per_step_and_per_validation(finished):
 
 def test_tokens_are_real_ones(world, finished):
     """Counted here by the tokenizer alone: prompt, completion, BOS and EOS of the examples that were drawn."""
-    tokenizer, options = model.load_tokenizer(world / "base"), Options(batch=4, val_share=0.2, max_tokens=4096)
-    rows = train.better_rows([world / "pairs.jsonl"])
-    stage = train.prepare("better", rows, tokenizer, model.Config(**SIZES), options)
+    tokenizer, options = checkpoint.load_tokenizer(world / "base"), Options(batch=4, val_share=0.2, max_tokens=4096)
+    rows = train.better_rows([world / "pairs.jsonl"], Options())
+    stage = train.prepare("better", rows, tokenizer, Config(**SIZES), options)
     length = {}
     for row in rows:
         ids = [tokenizer.encode(row[key]).ids for key in ("prompt", "completion")]
         length[tuple(ids[0] + ids[1])] = len(ids[0]) + len(ids[1]) + 2
-    drawn = [sum(length[tuple(ids[1:-1])] for ids, _ in train.examples_of(stage, step, options)) for step in range(4)]
+    drawn = [sum(length[tuple(text(example)[1:-1])] for example in train.examples_of(stage, step, options))
+             for step in range(4)]
     counted = [row["tokens"] for row in metrics(finished) if row["stage"] == "better" and "loss" in row]
     assert counted == [sum(drawn[:n + 1]) for n in range(4)]
 
 
 def test_a_trained_model_is_an_ordinary_folder(world, finished):
-    llama = model.Llama.from_pretrained(finished)
-    tokenizer, before = model.load_tokenizer(finished, llama), model.Llama.from_pretrained(world / "base")
-    assert tokenizer.to_str() == model.load_tokenizer(world / "base").to_str()
+    llama = checkpoint.load(finished)
+    tokenizer, before = checkpoint.load_tokenizer(finished, llama), checkpoint.load(world / "base")
+    assert tokenizer.to_str() == checkpoint.load_tokenizer(world / "base").to_str()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in llama.parameters())
     assert not torch.equal(llama.lm_head.weight, before.lm_head.weight)
     assert sorted(path.name for path in finished.iterdir()) == \
@@ -278,16 +310,12 @@ def test_a_trained_model_is_an_ordinary_folder(world, finished):
 def test_autocast_computes_in_bf16_over_fp32_weights(world, tmp_path, finished):
     seen = Counter()
 
-    def spy(llama, batch):
-        hook = llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda *a: seen.update([a[2].dtype]))
-        loss = train.cross_entropy(llama, batch)
-        hook.remove()
-        return loss
-    tokenizer = model.load_tokenizer(world / "base")
+    tokenizer = checkpoint.load_tokenizer(world / "base")
     losses = {}
     for precision in ("bf16", "fp32"):
         llama = tiny()
-        stage = Stage("pretrain", random_examples(8), random_examples(4, 1), loss=spy)
+        llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda *a: seen.update([a[2].dtype]))
+        stage = Stage("pretrain", random_examples(8), random_examples(4, 1))
         options = Options(**{**vars(FAST), "precision": precision})
         rows = train.train(llama, tokenizer, [stage], tmp_path / precision, options, progress=False)
         losses[precision] = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -302,40 +330,17 @@ def test_activation_checkpointing_changes_nothing(world, tmp_path):
     for again in (False, True):
         options, llama = Options(**{**vars(FAST), "checkpoint_activations": again}), tiny()
         calls = Counter()
-        llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
-        rows = train.train(llama, model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(12))],
+        llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["mlp"]))
+        rows = train.train(llama, checkpoint.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(12))],
                            tmp_path / str(again), options, progress=False)
         runs.append((timeless(rows), calls["mlp"]))
     assert runs[0][0] == runs[1][0] and (runs[0][1], runs[1][1]) == (3, 6)  # each block is computed twice
 
 
-@pytest.mark.parametrize("compiler", ["found", "missing"])
-def test_compiled_equals_eager(world, tmp_path, compiler, caplog):
-    import shutil
-
-    import torch._dynamo
-    import torch._inductor.config as inductor
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    runs = []
-    changes = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True} if compiler == "missing" else {}
-    with inductor.patch(changes):
-        for fused in (False, True):
-            options, llama = Options(**{**vars(FAST), "compile": fused, "precision": "fp32"}), tiny()
-            rows = train.train(llama, model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(12))],
-                               tmp_path / str(fused), options, progress=False)
-            runs.append([(row["loss"], row["grad_norm"]) for row in rows])
-    assert len(runs[0]) == 3
-    assert [value for row in runs[1] for value in row] == pytest.approx([v for row in runs[0] for v in row], rel=1e-4)
-    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] > 0 and ("WON'T CONVERT" in caplog.text) == bool(changes)
-
-
 def test_training_learns(world, tmp_path):
     """Over and over the same few examples: their loss goes to nearly nothing."""
     options = Options(lr=1e-2, batch=4, epochs=60.0, val_share=0.0, precision="bf16")
-    rows = train.train(tiny(), model.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(4))],
+    rows = train.train(tiny(), checkpoint.load_tokenizer(world / "base"), [Stage("pretrain", random_examples(4))],
                        tmp_path / "out", options, progress=False)
     assert rows[0]["loss"] > 3.5 and rows[-1]["loss"] < 0.2
 
@@ -343,15 +348,16 @@ def test_training_learns(world, tmp_path):
 @pytest.mark.parametrize("left_out", ["identity", "equal", "better"])
 def test_each_step_of_the_aligner_can_be_left_out(world, tmp_path, monkeypatch, left_out):
     steps = [name for name in ("identity", "equal", "better") if name != left_out]
-    words = command(world, out=tmp_path / "out", **{"max-steps": 1}) + ["--steps", *steps]
+    warmup = 1.0 if "identity" in steps else None
+    words = command(world, out=tmp_path / "out", **{"max-steps": 1, "warmup-data": warmup}) + ["--steps", *steps]
     assert run(train, monkeypatch, words) == 0
     assert list(dict.fromkeys(row["stage"] for row in metrics(tmp_path / "out"))) == steps
 
 
 def test_pairs_without_equal_ones_train_the_last_step(world, tmp_path, monkeypatch, capsys):
     """Two answers to a prompt, one of them better at one thing, as in HH-RLHF."""
-    better = train.better_rows([world / "pairs.jsonl"])
-    data.write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in better])
+    better = train.better_rows([world / "pairs.jsonl"], Options())
+    write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in better])
     words = command(world, out=tmp_path / "out", **{"max-steps": 1})
     words[words.index("--data") + 1] = str(tmp_path / "pairs.jsonl")
     assert run(train, monkeypatch, words) == 0
@@ -366,30 +372,107 @@ def test_the_other_stages(world, tmp_path, monkeypatch, stage, folder):
     rows = [row for row in metrics(tmp_path / "out") if "loss" in row]
     source = "texts.jsonl" if stage == "pretrain" else "rated.jsonl"
     options = Options(val_share=0.2)
-    texts = train.STAGES[stage][0]([world / source])
-    kept = sum(not data.held_out(row, options.val_share, 0) for row in texts)
+    texts = METHODS[stage].rows([world / source], options)
+    kept = sum(not data.is_held_out(row, options.val_share, 0) for row in texts)
     assert len(rows) == math.ceil(2 * kept / 4) and rows[-1]["loss"] < rows[0]["loss"]
-    model.Llama.from_pretrained(tmp_path / "out")
+    checkpoint.load(tmp_path / "out")
 
 
 def test_sft_takes_the_best_answer(world):
-    for row, rated in zip(train.sft_rows([world / "rated.jsonl"]), data.read_rated(world / "rated.jsonl")):
-        sums = {response["text"]: sum(response["scores"].values()) for response in rated["responses"]}
-        assert sums[row["completion"]] == max(sums.values())
+    rows, rated = train.sft_rows([world / "rated.jsonl"], Options()), formats.read_rated(world / "rated.jsonl")
+    assert len(rows) == 12
+    for row, source in zip(rows, rated, strict=True):
+        sums = {response["text"]: sum(response["scores"].values()) for response in source["responses"]}
+        assert sums[row["completion"]] == max(sums.values()) > min(sums.values())
+
+
+# ----------------------------------------------------------------------------- with a reference
+
+
+def all_pairs(reward):
+    """Every two one-token responses to one prompt, labelled sigmoid(r_i - r_j); the tokens are 2, 3, ..."""
+    chances = torch.sigmoid(reward[:, None] - reward).tolist()
+    return [pair_example([2 + i], [2 + j], chances[i][j]) for i in range(len(reward)) for j in range(i)]
+
+
+def dpo_run(llama, out, resume=False, **changes):
+    options = Options(**{**vars(FAST), "lr": 1e-2, "batch": 10, "epochs": 60.0, "beta": 0.5, **changes})
+    examples = all_pairs(torch.tensor([0.8, -0.6, 0.1, -1.2, 0.9]))
+    stage = Stage("dpo", examples, examples[:3], method=METHODS["dpo"])
+    return train.train(llama, toy.train_tokenizer(["a b"], 300), [stage], out, options, resume, progress=False)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_dpo_finds_the_optimum_of_reward_less_divergence(tmp_path, rank):
+    """Over all that can be said: pi(y) ~ ref(y) exp(r(y) / beta), among the five responses that are compared."""
+    checkpoint.save(tiny(8, num_hidden_layers=1), tmp_path / "base")
+    options = Options(lora_rank=rank)
+    llama = train.start_from(tmp_path / "base", "dpo", torch.device("cpu"), options)
+
+    def said():
+        with torch.no_grad():
+            return logits(llama, torch.tensor([[7, 7, 7]]))[0, -1, 2:7].softmax(-1)
+    before = said()
+    rows = dpo_run(llama, tmp_path / "out", lora_rank=rank)
+    optimum = (before.log() + torch.tensor([0.8, -0.6, 0.1, -1.2, 0.9]) / 0.5).softmax(-1)
+    assert rows[0] == {"stage": "dpo", "step": 0, "val_loss": pytest.approx(math.log(2), abs=1e-6)}
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy begins as the reference"
+    assert (before - optimum).abs().sum() / 2 > 0.3 and (said() - optimum).abs().sum() / 2 < 0.01
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_resumed_run_keeps_its_first_reference(tmp_path, monkeypatch, rank):
+    """The reference is what the run began from, not what it had become when it was killed."""
+    checkpoint.save(tiny(8), tmp_path / "base")
+
+    def begin():
+        return train.start_from(tmp_path / "base", "dpo", torch.device("cpu"), Options(lora_rank=rank))
+    whole = dpo_run(begin(), tmp_path / "whole", lora_rank=rank, save_seconds=0, epochs=9.0)
+    write, rows = resume.Run.write, []
+
+    def stop_half_way(run, row):
+        write(run, row)
+        rows.append(row)
+        if len(rows) == 7:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume.Run, "write", stop_half_way)
+        dpo_run(begin(), tmp_path / "killed", lora_rank=rank, save_seconds=0, epochs=9.0)
+    resumed = dpo_run(begin(), tmp_path / "killed", True, lora_rank=rank, save_seconds=0, epochs=9.0)
+    assert timeless(resumed) == timeless(whole)
+
+
+def test_dpo_from_the_command_line(world, tmp_path, monkeypatch, capsys):
+    """Pairs in TRL's form; and the best of rated answers, of which one objective must be chosen."""
+    rows = list(formats.read_rated(world / "rated.jsonl"))
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": row["prompt"], "chosen": row["responses"][0]["text"],
+                                            "rejected": row["responses"][1]["text"]} for row in rows])
+    words = ["dpo", "--model", world / "base", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out",
+             "--batch", 4, "--lr", 1e-3, "--precision", "fp32", "--device", "cpu", "--beta", 0.2, "--val-share", 0.5]
+    assert run(train, monkeypatch, words) == 0
+    rows = metrics(tmp_path / "out")
+    said = [row["loss"] for row in rows if "loss" in row]
+    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-5) == said[0] and min(said) < 0.6
+    words[words.index("--data") + 1] = world / "rated.jsonl"
+    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on avoid_", "dpo --principle")
+    helpful = train.preference_rows([world / "rated.jsonl"], Options(principle="helpful"))
+    assert len(helpful) == 12 * 3 and {row["principle"] for row in helpful} == {"helpful"}
+    assert run(train, monkeypatch, [*words, "--principle", "helpful"]) == 0
 
 
 # ----------------------------------------------------------------------------- killed and resumed
 
 KILLED = """
 import os, signal, sys
+import resume
 import train
 count, where = int(sys.argv.pop(1)), sys.argv.pop(1)
-write_row, save = train.write_row, train.torch.save
+write, save = resume.Run.write, resume.torch.save
 rows = 0
 
-def dying_write(metrics, row):
+def dying_write(run, row):
     global rows
-    write_row(metrics, row)
+    write(run, row)
     rows += 1
     if rows == count and where == "row":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -400,7 +483,7 @@ def dying_save(state, path):
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-train.write_row, train.torch.save = dying_write, dying_save
+resume.Run.write, resume.torch.save = dying_write, dying_save
 train.main()
 """
 
@@ -445,9 +528,9 @@ def test_other_settings_or_data_are_refused(world, tmp_path, monkeypatch, capsys
         refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", **changes), "--resume"],
                 "state.pt", name)
     words = command(world, out=tmp_path / "out")
-    refused(train, monkeypatch, capsys, [*words, "--resume", "--steps", "equal", "better"], "data or steps")
-    tokenizer, wider = model.load_tokenizer(world / "base"), tmp_path / "wider"
-    tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True, intermediate_size=96).save_pretrained(wider)
+    refused(train, monkeypatch, capsys, [*words, "--resume", "--steps", "identity", "better"], "data or steps")
+    tokenizer, wider = checkpoint.load_tokenizer(world / "base"), tmp_path / "wider"
+    checkpoint.save(tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True, intermediate_size=96), wider)
     tokenizer.save(str(wider / "tokenizer.json"))
     refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", model_folder=wider), "--resume"],
             "model")
@@ -476,22 +559,31 @@ def test_a_run_begun_anew_is_not_taken_for_the_finished_one_before(world, tmp_pa
 # ----------------------------------------------------------------------------- the command line, and bad input
 
 
-def test_help_comes_at_once():
-    """In far less time than torch takes to import, which it does not do."""
-    code = ("import runpy, sys\nsys.argv = ['train.py', '--help']\n"
-            "try:\n    runpy.run_path('train.py', None, '__main__')\n"
-            "except SystemExit as stop:\n    assert not stop.code and 'torch' not in sys.modules, 'slow'\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
-    for text in ("pretrain", "--resume", "--max-steps", "examples:", "(default 1e-05)", "(default 4096)"):
-        assert text in " ".join(ended.stdout.split())
+def test_help_is_made_of_the_methods_and_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name in [*METHODS, "aligner", "--resume", "--max-steps", "examples:", "(default 1e-05)", "(default 4096)"]:
+        assert name in said
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["sft", "--beta", "0.5"], "--beta is no option of sft; leave it out"),
+    (["dpo", "--warmup-data", "0.5"], "--warmup-data is no option of dpo"),
+    (["sft", "--steps", "better"], "--steps is for aligner"), (["sft", "--merge"], "--merge is for adapters"),
+    (["dpo", "--replay", "x.jsonl"], "--replay mixes texts into texts")])
+def test_what_would_not_be_heeded_is_refused(capsys, words, expected):
+    with pytest.raises(SystemExit) as stop:
+        train.arguments([*words, "--model", "m", "--data", "d", "--out", "o"])
+    assert stop.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_defaults_are_the_papers():
     defaults = vars(train.arguments(["aligner", "--model", "m", "--data", "d", "--out", "o"]))
     expected = {"lr": 1e-5, "weight_decay": 1e-5, "warmup": 0.05, "epochs": 2.0, "batch": 512, "max_tokens": 4096,
-                "steps": ["identity", "equal", "better"], "precision": "auto"}
-    assert {key: defaults[key] for key in expected} == expected
+                "max_grad_norm": 1.0, "precision": "auto"}
+    assert {key: defaults[key] for key in expected} == expected and train.ALIGNER == ["identity", "equal", "better"]
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -517,7 +609,7 @@ def damaged(world, folder):
         for file in (world / "base").iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
     (folder / "header" / "model.safetensors").write_bytes(b"\xff" * 100)
-    tokenizer = model.load_tokenizer(world / "base")
+    tokenizer = checkpoint.load_tokenizer(world / "base")
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save(str(folder / "vocabulary" / "tokenizer.json"))
     return [("sft", {"--data": "empty.jsonl"}, ["empty.jsonl", "no data"]),
@@ -555,9 +647,10 @@ def test_no_example_left_is_an_error(world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path):
-    stage = Stage("pretrain", random_examples(8), loss=lambda *batch: train.cross_entropy(*batch) * math.nan)
+    method = Method(train.pretrain_rows, lambda logprobs, batch, options: -logprobs.sum() * math.nan)
+    stage = Stage("pretrain", random_examples(8), method=method)
     with pytest.raises(UserError, match="the loss of step 1 is nan; lower --lr"):
-        train.train(tiny(), model.load_tokenizer(world / "base"), [stage], tmp_path / "out", FAST, progress=False)
+        train.train(tiny(), checkpoint.load_tokenizer(world / "base"), [stage], tmp_path / "out", FAST, progress=False)
     assert metrics(tmp_path / "out") == [] and not (tmp_path / "out" / "config.json").exists()
 
 
@@ -566,7 +659,7 @@ def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     """A process that may write no file of more than a share of the weights' size stands in for a full disk."""
     limit = int(share * os.path.getsize(world / "base" / "model.safetensors"))
     code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-            "import data, train; data.cli(train.main)")
+            "import common, train; common.cli(train.main)")
     words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2, "save-seconds": save_seconds})
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120,
                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
@@ -623,22 +716,23 @@ def test_bf16_moments_reach_the_same_loss_and_resume(tmp_path, monkeypatch):
     def trained(out, resume=False, **changes):
         stage = Stage("sft", random_examples(64, 3), random_examples(16, 4))
         options = Options(**{**vars(FAST), "epochs": 8, "save_seconds": 0, **changes})
-        return train.train(tiny(), toy.train_tokenizer(["a b"], 300), [stage], tmp_path / out, options, resume, progress=False)
+        tokenizer = toy.train_tokenizer(["a b"], 300)
+        return train.train(tiny(), tokenizer, [stage], tmp_path / out, options, resume, progress=False)
     whole = trained("lean", bf16_moments=True)
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, trained("fp32"))]
     start, reached = losses[0][0], [sum(column[-16:]) / 16 for column in losses]
     assert start - reached[1] > 0.5 and abs(reached[0] - reached[1]) < 0.02 * (start - reached[1])
-    save, saved = train.save_state, []
+    save, saved = resume.Run.save, []
 
-    def stop_after_five(*args):
-        save(*args)
+    def stop_after_five(run, **parts):
+        save(run, **parts)
         saved.append(1)
         if len(saved) == 5:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save_state", stop_after_five)
+    monkeypatch.setattr(resume.Run, "save", stop_after_five)
     with pytest.raises(KeyboardInterrupt):
         trained("killed", bf16_moments=True)
-    monkeypatch.setattr(train, "save_state", save)
+    monkeypatch.setattr(resume.Run, "save", save)
 
     def timeless(rows):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]

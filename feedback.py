@@ -1,0 +1,359 @@
+"""AI feedback: two responses to a prompt, and which one does better, principle by principle.
+
+    python feedback.py answer prompts.jsonl --policy FOLDER --out rated.jsonl
+    python feedback.py label rated.jsonl --out labels.jsonl
+    python feedback.py label rated.jsonl --principles toxicity "Brevity: The response should be short" \\
+        --judge-url http://localhost:8000 --judge-model NAME --out labels.jsonl
+
+Feedback on a single principle is simpler to give, and to learn, than feedback on everything at once (MORLAIF: Williams
+2024, arXiv 2406.07295). From top to bottom: the principles; a policy's answers; pairs of them; labels by the embedded
+world's annotator, or by a model behind a server. What learns from the labels is reward.py.
+"""
+# A pair is {"prompt", "response_a", "response_b"}; a label row has its "principle" (a name) and "p_a" as well, the
+# probability that response_a is the better one on that principle alone.
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy
+from tqdm import tqdm
+
+import formats
+import toy
+from align import policy_answers
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option,
+                    read_options, refuse_given, write_jsonl)
+from data import Objective, find_objectives
+from endpoint import Endpoint, TooLong, in_parallel
+from resume import Journal
+
+# ----------------------------------------------------------------------------------------------------------------
+# Principles: the paper's twelve, in our words. Toxicity, sycophancy and bias are named after what is to be avoided.
+
+DESCRIPTIONS = {
+    "helpfulness": "The response should bring the person closer to what they want to get done",
+    "ethicality": "The response should do right by everyone it concerns, and lead nobody to harm",
+    "factuality": "The response should state nothing that is untrue",
+    "toxicity": "The response should contain as little as possible that is rude, hateful or insulting",
+    "sycophancy": "The response should flatter and please for the sake of pleasing as little as possible",
+    "empathy": "The response should show that it understands how the person feels",
+    "relevance": "The response should keep to what was asked and wander off nowhere",
+    "context": "The response should fit the situation and what was said before",
+    "bias": "The response should be as free as possible from prejudice and from taking sides without grounds",
+    "understandability": "The response should be easy to follow for the person who asked",
+    "detail": "The response should go into particulars, as many as the question deserves",
+    "conciseness": "The response should say what it has to say in few words",
+}
+PRINCIPLES = {name: Objective(name, description) for name, description in DESCRIPTIONS.items()}
+OVERALL = Objective("overall", "The response should be the better one, all in all")
+
+# ----------------------------------------------------------------------------------------------------------------
+# A policy's answers
+
+
+@dataclass
+class Answering:
+    """How a policy answers."""
+    responses: int = option(2, "answers to each prompt", 1, 100)
+    temperature: float = option(1.0, "0 takes the likeliest token", 0, 1e9)
+    max_new_tokens: int = option(256, "longest answer", 1, 10**9)
+    batch: int = option(64, "answers at a time", 1, 10**9, free=True)
+    seed: int = option(0, "of the sampling", 0, 2**30)
+
+
+def run_answer(files, policy, policy_model, out, limit, device, sampling):
+    """Prompts in, a policy's answers out: rated rows without scores."""
+    check_out(out, files)
+    rows = (row for path in files for row in formats.read_rated(path, objective="chosen"))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
+    journal = Journal(out, digest(policy, policy_model, lasting(sampling), prompts))
+    count = sampling.responses
+    items = [{"index": index, "prompt": prompts[index // count]} for index in range(len(prompts) * count)]
+    with tqdm(total=len(items), initial=len(journal.rows), desc="answering", unit=" answers") as bar:
+        for place in range(count):  # each with a seed of its own, for a server too
+            todo = [item for item in items[place::count] if item["index"] not in journal.rows]
+            if not todo:
+                continue
+            answers = policy_answers(todo, policy, policy_model, f"{out}.policy-cache.jsonl", device,
+                                     sampling.max_new_tokens, sampling.temperature, sampling.batch,
+                                     seed=sampling.seed * count + place)
+            for i, text in answers:
+                journal.add({"index": todo[i]["index"], "text": text})
+                bar.update()
+    rows = []
+    for first, prompt in zip(range(0, len(items), count), prompts):
+        texts = [journal.rows[index]["text"] for index in range(first, first + count)]
+        if None not in texts:
+            rows.append({"prompt": prompt, "responses": [{"text": text} for text in texts]})
+    if not rows:
+        raise UserError(f"{policy}: none of the {len(prompts)} prompts fits its context; give another policy, and "
+                        f"delete {journal.path}")
+    write_jsonl(out, rows)
+    journal.finish()
+    if unfit := len(prompts) - len(rows):
+        print(f"left out: {unfit} prompts that do not fit the policy's context")
+    print(f"{out}: {len(rows)} prompts with {count} responses each")
+
+
+def response_pairs(files, limit, skipped):
+    """Each two responses to a prompt, at most `limit` pairs; `skipped` counts those that are the same text."""
+    pairs = []
+    for path in files:
+        for row in formats.read_rated(path, objective="chosen", skipped=skipped):
+            texts = [response["text"] for response in row["responses"]]
+            for first, second in itertools.combinations(texts, 2):
+                if first == second:
+                    skipped["the two responses are the same"] += 1
+                    continue
+                pairs.append({"prompt": row["prompt"], "response_a": first, "response_b": second})
+                if len(pairs) == limit:
+                    return pairs
+    if not pairs:
+        raise UserError(f"{files[0]}: no prompt has two different responses; give responses to compare")
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Labels by the embedded world's annotator
+
+
+@dataclass
+class Noise:
+    """How the embedded world's annotator errs."""
+    temperature: float = option(0.5, "annotator: the more, the less sure", 1e-9, 1e9)
+    position_bias: float = option(0.0, "annotator: what the response shown first is given, in log-odds", -1e9, 1e9)
+    flip_rate: float = option(0.05, "annotator: share of the labels that are turned round", 0, 1)
+    seed: int = option(0, "annotator: of the noise", 0, 2**60)
+
+
+def annotate(difference, rng, temperature, position_bias, flip_rate):
+    """The probability p_a that a noisy annotator gives to the first response of a pair.
+
+    difference: by how much the first is really better, in standard deviations; temperature > 0 in the same units.
+    The two are shown in random order, and the log-odds of the one shown first are raised by position_bias; with
+    chance flip_rate, the label is turned round.
+    """
+    shown_first = rng.random() < 0.5
+    log_odds = difference / temperature + (position_bias if shown_first else -position_bias)
+    p_a = sigmoid(log_odds)
+    return 1 - p_a if rng.random() < flip_rate else p_a
+
+
+def sigmoid(log_odds):
+    return 0.5 + 0.5 * math.tanh(log_odds / 2)  # overflows nowhere
+
+
+def embedded_annotator(pairs, principles, noise):
+    """annotate() on the embedded world's exact scores: a function (pair, principle's name) -> p_a.
+
+    Differences are in units of the principle's standard deviation over all the responses of `pairs`. As with a model
+    at temperature 0, the same question always gets the same answer: the noise depends on it and on the seed alone.
+    """
+    responses = dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in ("response_a", "response_b"))
+    spread = {name: float(numpy.std(sorted(toy.score(name, *response) for response in responses))) or 1.0
+              for name in principles}  # sorted: the order of the pairs does not show, not even in the last digit
+
+    def label(pair, name):
+        prompt, first, second = pair["prompt"], pair["response_a"], pair["response_b"]
+        difference = (toy.score(name, prompt, first) - toy.score(name, prompt, second)) / spread[name]
+        rng = random.Random(json.dumps([noise.seed, name, prompt, first, second]))
+        return annotate(difference, rng, noise.temperature, noise.position_bias, noise.flip_rate)
+    return label
+
+
+def embedded_labels(pairs, principles, seed=0, **noise):
+    """Yield the embedded annotator's label rows, pair by pair, for principles (names that toy.score knows). noise: any
+    of the other fields of Noise."""
+    label = embedded_annotator(pairs, principles, Noise(seed=seed, **noise))
+    for pair, name in itertools.product(pairs, principles):
+        yield {**pair, "principle": name, "p_a": label(pair, name)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Labels by a model behind a server
+
+FEEDBACK_PROMPT = """Below are a conversation and two responses that could come next in it. Say which one does \
+better by this principle, and regardless of everything else:
+
+{principle}
+
+<conversation>
+{prompt}
+</conversation>
+
+<response_a>
+{first}
+</response_a>
+
+<response_b>
+{second}
+</response_b>
+
+The better one by the principle "{principle}" is (one letter, A or B):"""
+
+MISSING = -10.0  # the log-probability of a letter that is not among the five likeliest tokens (the paper's code)
+
+
+def endpoint_label(endpoint, pair, principle):
+    """p_a of a pair on a principle (an Objective) by the model behind an Endpoint.
+
+    The model answers with one token. P(A) / (P(A) + P(B)) is taken for both orders of the two responses and averaged,
+    so that a preference for a letter or a place counts for neither. None where an answer cannot be read, or the texts
+    exceed the model's context.
+    """
+    chances = []
+    for first, second in (("response_a", "response_b"), ("response_b", "response_a")):
+        prompt = FEEDBACK_PROMPT.format(principle=principle.description, prompt=pair["prompt"].strip(),
+                                        first=pair[first], second=pair[second])
+        try:
+            reply = endpoint.chat([{"role": "user", "content": prompt}], 1, logprobs=True, top_logprobs=5)
+        except TooLong:
+            return None
+        chances.append(chance_of_a(reply, endpoint))
+    forward, backward = chances
+    return None if forward is None or backward is None else (forward + 1 - backward) / 2
+
+
+def chance_of_a(reply, endpoint):
+    """P(A) / (P(A) + P(B)) at a reply's first token; None where neither letter is among the likeliest.
+    Raises UserError for a reply without log-probabilities."""
+    found = {"A": [], "B": []}
+    try:
+        tokens = reply["choices"][0]["logprobs"]["content"]
+        candidates = tokens[0]["top_logprobs"] if tokens else ()  # no token: the model said nothing
+        if tokens and not candidates:
+            raise ValueError("only the token that was said, not the likeliest ones")
+        for candidate in candidates:
+            letter, logprob = candidate["token"].strip(), float(candidate["logprob"])
+            if letter in found and math.isfinite(logprob):
+                found[letter].append(logprob)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        cached = f" and delete {endpoint.cache}" if endpoint.cache else ""
+        raise UserError(f"{endpoint.url}: the replies of {endpoint.model!r} hold no log-probabilities of tokens; use "
+                        f"a server and model that know logprobs and top_logprobs{cached}") from error
+    if not found["A"] and not found["B"]:
+        return None
+    log_a, log_b = (numpy.logaddexp.reduce(found[letter] or [MISSING]) for letter in "AB")
+    return sigmoid(float(log_a - log_b))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pairs in, labels out
+
+
+def run_label(files, out, principles, judge_url, judge_model, concurrency, limit, noise):
+    """Files of responses in, labels of every two of them out, on each principle."""
+    check_out(out, files)
+    principles = find_objectives(principles or list(PRINCIPLES), {**PRINCIPLES, "overall": OVERALL})
+    skipped, endpoint = Counter(), None
+    pairs = response_pairs(files, limit, skipped)
+    if judge_url:
+        endpoint = Endpoint(judge_url, judge_model, cache=f"{out}.judge-cache.jsonl")
+    else:
+        annotator = embedded_annotator(pairs, [principle.name for principle in principles], noise)
+    tasks = list(enumerate(itertools.product(pairs, principles)))
+
+    def labelled(task):
+        index, (pair, principle) = task
+        p_a = endpoint_label(endpoint, pair, principle) if endpoint else annotator(pair, principle.name)
+        return {"index": index, "p_a": p_a}
+
+    journal = Journal(out, digest(judge_model, lasting(noise), pairs, list(map(str, principles))))
+    todo = [task for task in tasks if task[0] not in journal.rows]
+    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="labelling", unit=" labels") as bar:
+        for row in in_parallel(labelled, todo, concurrency) if endpoint else map(labelled, todo):
+            journal.add(row)
+            bar.update()
+    rows = [{**pair, "principle": principle.name, "p_a": journal.rows[index]["p_a"]}
+            for index, (pair, principle) in tasks]
+    read = [row for row in rows if row["p_a"] is not None]
+    if not read:
+        raise UserError(f"{judge_url}: none of the {len(rows)} labels can be read, as A or B; try another judge, and "
+                        f"delete {journal.path}")
+    write_jsonl(out, read)
+    journal.finish()
+    print_labels(read, principles)
+    for reason, count in skipped.items():
+        print(f"left out: {count} pairs, {reason}")
+    if endpoint:
+        print(f"judge: {endpoint.model}, {endpoint.sent} requests, {endpoint.retried} of them again after a failure; "
+              f"{endpoint.reused} replies came from the cache; {len(rows) - len(read)} labels left out as unreadable")
+    else:
+        print(f"annotator: temperature {noise.temperature:g}, position bias {noise.position_bias:g}, "
+              f"flip rate {noise.flip_rate:g}, seed {noise.seed}")
+    print(f"{out}: {len(read)} labels of {len(pairs)} pairs")
+
+
+def print_labels(rows, principles):
+    """A line per principle: labels, how sure they are (mean |p_a - 0.5|), how often the first response is better."""
+    print(f"{'principle':20}{'labels':>8}{'certainty':>11}{'first better':>14}")
+    for principle in principles:
+        p_a = numpy.array([row["p_a"] for row in rows if row["principle"] == principle.name])
+        if len(p_a):
+            first = 100 * ((p_a > 0.5).mean() + (p_a == 0.5).mean() / 2)
+            print(f"{principle.name:20}{len(p_a):8}{abs(p_a - 0.5).mean():11.3f}{first:12.1f} %")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_answer(commands):
+    parser = commands.add_parser("answer", help="let a policy answer prompts twice, for pairs to compare",
+                                 description="Let a policy answer prompts several times. A killed run continues.")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="prompts, in any form that data.py reads")
+    add("--policy", required=True, metavar="FOLDER_OR_URL", help="a Llama, or an OpenAI-compatible server")
+    add("--policy-model", metavar="NAME", help="the model's name on that server")
+    add("--out", required=True, metavar="FILE", help=".jsonl(.gz) of prompt and responses, which `label` reads")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
+    add_options(parser, Answering)
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser
+
+
+def add_label(commands):
+    parser = commands.add_parser("label", help="label pairs of responses, principle by principle",
+                                 description="Label pairs of responses, principle by principle. Without --judge-url "
+                                             "the embedded world's noisy annotator does it. A killed run continues.")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="two or more responses to a prompt, in any form that data.py reads; "
+        "each two of them are a pair")
+    add("--out", required=True, metavar="FILE", help=".jsonl(.gz) of prompt, response_a, response_b, principle, p_a")
+    add("--principles", nargs="+", metavar="P", help='names, "Name: what a response should do", or JSON files; '
+        "overall is the better response, all in all (default: the paper's twelve)")
+    add("--judge-url", metavar="URL", help="an OpenAI-compatible server that gives log-probabilities, such as "
+        "http://localhost:8000 (key in OPENAI_API_KEY)")
+    add("--judge-model", metavar="NAME", help="the model's name on that server")
+    add("--concurrency", type=number(int, 1), default=8, metavar="N",
+        help="questions to the server at a time (default %(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N pairs")
+    add_options(parser, Noise)
+    return parser
+
+
+def main():
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    answer, label = add_answer(commands), add_label(commands)
+    args = parser.parse_args()
+    if args.command == "answer":
+        if args.policy.startswith(("http://", "https://")) and not args.policy_model:
+            answer.error("--policy URL needs --policy-model")
+        run_answer(args.files, args.policy, args.policy_model, args.out, args.limit, args.device,
+                   read_options(Answering, args))
+    else:
+        if bool(args.judge_url) != bool(args.judge_model):
+            label.error("--judge-url and --judge-model go together")
+        if args.judge_url:
+            why = "is the embedded annotator's; leave it out with --judge-url"
+            refuse_given(label, args, Noise, vars(Noise()), why)
+        run_label(args.files, args.out, args.principles, args.judge_url, args.judge_model, args.concurrency, args.limit,
+                  read_options(Noise, args))
+
+
+if __name__ == "__main__":
+    cli(main)

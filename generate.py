@@ -1,0 +1,280 @@
+"""How tokens are written fast: the same texts as model.generate, word for word in fp32, many times sooner.
+
+Read `stream` first: it holds the loop. Three things make it fast. Keys and values that have been computed are kept
+(`Cache`). A text that is finished makes room for the next one. And where a text repeats what stands before in it, as an
+edit mostly does, several tokens are looked up there and verified in one pass (`Lookup`).
+
+Shapes: N new tokens of all rows, one row's after another's; R rows; C new tokens of one row, at most; L cached ones; V
+vocabulary, H query heads, G key/value heads, E head_dim.
+"""
+import torch
+import torch.nn.functional as F
+
+from common import UserError
+from model import Packed, as_one, as_rows, compute_dtype, places_of, uniforms
+
+
+def generate(llama, prompts, max_new_tokens, **options):
+    """Continue all prompts together; gives the list of new token ids per prompt. The rest is as for `stream`."""
+    texts = [[] for _ in prompts]
+    for number, new in stream(llama, prompts, max_new_tokens, len(prompts), **options):
+        texts[number] = new
+    return texts
+
+
+@torch.inference_mode()
+def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), seed=0, draft=0, acceptance=None,
+           **filters):
+    """Continue each prompt, `rows` of them at a time, the next one taking the place of one that has finished; yields
+    (number of the prompt, its new token ids without the stop token) as they finish.
+
+    prompts: lists of token ids, of any lengths (at least 1). temperature 0 is greedy. seed: an int, or one per prompt;
+    what a prompt's continuation is depends on its own seed and not on its neighbours. draft: up to so many tokens per
+    step and row are looked up in the text before; this changes how long it takes, not what is written. acceptance: what
+    is known of a model's copying (see Acceptance), and grows. filters: top_k, ... (see filtered_probs).
+    """
+    if min(map(len, prompts), default=1) == 0:
+        raise UserError("generate: a prompt has no tokens; give it at least the BOS token")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"generate: the temperature is {temperature}; give 0 or more")
+    filtered_probs(torch.zeros(1, 2), 1.0, **filters)  # UserError now for what it refuses
+    acceptance = acceptance or Acceptance()
+    waiting = list(range(len(prompts))) if max_new_tokens > 0 else []
+    chances = uniforms(seed, len(prompts), max_new_tokens) if temperature > 0 else None
+    rows = min(rows, len(waiting))
+    cache = Cache(llama.config, rows, compute_dtype(llama.lm_head.weight), llama.device)
+    live, logits = [], []
+    while waiting or live:
+        free = rows - len(live)
+        if waiting and free >= rows / 8:  # a few at a time, for one pass over all their prompts
+            joining, waiting = waiting[:free], waiting[free:]
+            logits.append(prefill(llama, cache, [prompts[number] for number in joining], len(live)))     # (R, V)
+            live += [Text(number, prompts[number], max_new_tokens) for number in joining]
+        logits = torch.cat(logits)                                                   # (N, V)
+        if temperature == 0:
+            chosen = logits.max(-1).indices  # argmax is 5 x slower on a CPU in bf16
+        else:
+            chance = torch.stack([chance for text in live for chance in text.chances(chances)]).to(logits.device)
+            chosen = sample(logits, chance, temperature, **filters)
+        chosen = iter(chosen.tolist())
+        for row, text in enumerate(live):
+            verified = [next(chosen) for _ in range(1 + len(text.guess))]
+            cache.lengths[row] -= text.take(verified, stop_ids, acceptance)          # forget the wrong guesses
+        for row in reversed(range(len(live))):  # from the end, so that a freed place is filled by a settled row
+            if live[row].finished:
+                yield live[row].number, live[row].new
+                cache.move(len(live) - 1, row)
+                live[row] = live[-1]
+                live.pop()
+        for text in live if draft else ():
+            text.look_up(draft, acceptance, alone=len(live) == 1)
+        logits = [advance(llama, cache, [[text.new[-1], *text.guess] for text in live])] if live else []
+
+
+def prefill(llama, cache, prompts, first, most=4096):
+    """Put prompts into the cache's rows from `first` on, about `most` tokens at a time; logits (R, V) of what comes
+    next."""
+    logits, start = [], 0
+    while start < len(prompts):
+        end, size = start, 0
+        while end < len(prompts) and (size == 0 or size + len(prompts[end]) <= most):
+            cache.lengths[first + end], size, end = 0, size + len(prompts[end]), end + 1
+        counts = [len(prompt) for prompt in prompts[start:end]]
+        tokens = torch.tensor([[token for prompt in prompts[start:end] for token in prompt]], device=llama.device)
+        hidden = llama(tokens, cache.append(counts, first + start))[0]               # (N, D)
+        last = torch.tensor(counts, device=llama.device).cumsum(0) - 1
+        logits.append(llama.lm_head(hidden[last]))
+        start = end
+    return torch.cat(logits)
+
+
+def advance(llama, cache, texts):
+    """Append a few tokens per row to the cache, texts being lists; logits (N, V) of what follows each of them."""
+    tokens = torch.tensor([[token for text in texts for token in text]], device=llama.device)
+    return llama.lm_head(llama(tokens, cache.append([len(text) for text in texts]))[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Attention to what is there
+
+
+class Cache:
+    """Keys and values of texts in the making, left-aligned: row r holds the first lengths[r] tokens of its text. Each
+    forward pass appends to them, to one row more than to another, and what is appended attends to what is there.
+
+    block (layers, 2, rows, G, room, E); room is made for 64 tokens at a time."""
+
+    def __init__(self, config, rows, dtype, device):
+        shape = config.num_hidden_layers, 2, rows, config.num_key_value_heads, 0, config.head_dim
+        self.block, self.lengths = torch.zeros(shape, dtype=dtype, device=device), [0] * rows
+
+    def move(self, source, target):
+        """Copy row `source` over row `target` (a finished row's place is taken by the last one)."""
+        if source != target:
+            length = self.lengths[target] = self.lengths[source]
+            self.block[:, :, target, :, :length] = self.block[:, :, source, :, :length]
+
+    def append(self, counts, first=0):
+        """Prepare for counts[r] further tokens of row first + r, one row's after another's."""
+        device, before = self.block.device, torch.tensor(self.lengths[first:first + len(counts)])
+        row, offset = places_of(counts)                                              # (N,)
+        positions = before[row] + offset
+        longest = int(positions.max()) + 1
+        self.lengths[first:first + len(counts)] = (before + torch.tensor(counts)).tolist()
+        room = -(-longest // 64) * 64
+        if room > self.block.size(4):
+            self.block = F.pad(self.block, (0, 0, 0, room - self.block.size(4)))
+        self.rows, self.positions = (first + row).to(device), positions[None].to(device)
+        self.packed = None if before.any() else Packed(counts, device)
+        if not self.packed:  # new tokens stand on a padded grid (R, C)
+            self.shape = len(counts), max(counts)
+            self.places = (row * max(counts) + offset).to(device)
+            seen = before[:, None] + torch.arange(max(counts))                       # (R, C): the last one it sees
+            hidden = torch.arange(room) > seen[:, None, :, None]
+            self.hide = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill(hidden, float("-inf")).to(device)
+        return self
+
+    def __call__(self, layer, q, k, v):
+        self.block[layer][:, self.rows, :, self.positions[0]] = torch.stack((k[0], v[0]), 1).to(self.block.dtype)
+        if self.packed:
+            return self.packed(layer, q, k, v)
+        q = as_rows(q, self.places, self.shape)                                      # (R, C, H, E)
+        keys, values = self.block[layer][:, :len(q), :, :self.hide.size(-1)]         # (R, G, L, E) each
+        return as_one(cached_attention(q.to(keys.dtype), keys, values, self.hide), self.places, 1)
+
+
+def cached_attention(q, k, v, hide):
+    """Attention of new tokens q (R, C, H, E) to k, v (R, G, L, E), what is hidden being -inf in hide (R, 1, C, L);
+    gives (R, C, H, E). The H/G query heads that share keys are rows of one matrix product with them. Written out,
+    because PyTorch's kernels are slow for a few queries on a CPU."""
+    (rows, new, heads, size), groups = q.shape, k.size(1)
+    q = (q * size ** -0.5).view(rows, new, groups, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)   # (R, G, H/G * C, E)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q @ k.transpose(2, 3)).view(rows, heads, new, -1) + hide           # (R, H, C, L)
+        y = scores.softmax(-1).view(rows, groups, -1, k.size(2)) @ v                 # (R, G, H/G * C, E)
+    return y.view(rows, heads, new, size).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Texts in the making, and prompt lookup
+
+
+class Acceptance:
+    """What is known of a model's copying, over all its texts: how many tokens it has written, how many of them had been
+    looked up, and {token: (times copying went on after it, times tried)}."""
+
+    def __init__(self):
+        self.written, self.accepted, self.after = 0, 0, {}
+
+    @property
+    def share(self):
+        return self.accepted / max(1, self.written)
+
+    def chance(self, token):
+        went_on, tried = self.after.get(token, (9, 10))
+        return went_on / tried
+
+    def learn(self, before, guess, right):
+        """After the token `before` and those of the guess, copying went on `right` times, and then perhaps not."""
+        for i, token in enumerate([before, *guess][:min(right + 1, len(guess))]):
+            went_on, tried = self.after.get(token, (9, 10))
+            self.after[token] = (went_on + (i < right), tried + 1)
+
+
+class Text:
+    """A text in the making: which prompt it continues, its new tokens, and the guess that is being verified."""
+
+    def __init__(self, number, prompt, most):
+        self.number, self.most, self.lookup = number, most, Lookup(prompt)
+        self.new, self.guess, self.finished = [], [], False
+
+    def chances(self, chances):
+        """The uniform numbers by which the next tokens are drawn."""
+        start = len(self.new)
+        return [chances[self.number][min(start + i, self.most - 1)] for i in range(1 + len(self.guess))]
+
+    def take(self, verified, stop_ids, acceptance):
+        """Add what the model itself would have written: verified[i] is its choice after the first i guessed tokens, and
+        holds as long as these are its choices too. Sampled choices are drawn as without guessing, so their distribution
+        is the model's (speculative sampling, arXiv 2302.01318, where the draft is a point mass). Gives how many guessed
+        tokens were wrong."""
+        right, before = 0, len(self.new)
+        for token in verified:
+            if token in stop_ids:
+                self.finished = True
+                break
+            self.new.append(token)
+            if right == len(self.guess) or self.guess[right] != token or len(self.new) == self.most:
+                break
+            right += 1
+        self.finished = self.finished or len(self.new) == self.most
+        acceptance.learn(self.lookup.tokens[-1], self.guess, right)
+        acceptance.written += 1 + right
+        acceptance.accepted += right
+        self.lookup.add(self.new[before:])
+        return len(self.guess) - right
+
+    def look_up(self, draft, acceptance, alone):
+        self.guess = self.lookup.guess(min(draft, self.most - len(self.new) - 1), acceptance, alone)
+
+
+class Lookup:
+    """Guesses what comes next in a text by what followed its last tokens, eight to two, when they last stood there
+    (prompt lookup: Saxena 2023; here for batches). A guess ends where copying is likelier to have ended than not: an
+    aligner that drops sentences is not followed across a full stop."""
+
+    least = 1.5  # tokens that a guess must be expected to win, among rows that keep the device busy
+
+    def __init__(self, tokens):
+        self.tokens = list(tokens)
+        self.after = {n: dict(zip(zip(*(tokens[i:] for i in range(n))), range(n, len(tokens)))) for n in (8, 4, 3, 2)}
+
+    def add(self, tokens):
+        for token in tokens:
+            for n, after in self.after.items():
+                after[tuple(self.tokens[-n:])] = len(self.tokens)
+            self.tokens.append(token)
+
+    def guess(self, longest, acceptance, alone):
+        """Up to `longest` tokens, as long as all of them are likely to come true; none where little is expected of
+        them. A row alone leaves the device idle, so that wrong guesses cost it little, and it guesses more boldly."""
+        bold, worth = (0.05, 0.0) if alone else (0.5, self.least)
+        places = (after.get(tuple(self.tokens[-n:])) for n, after in self.after.items())
+        place = next(filter(None, places), len(self.tokens))
+        likely, expected, guess = 1.0, 0.0, []
+        for before, token in zip(self.tokens[place - 1:], self.tokens[place:place + longest]):
+            likely *= acceptance.chance(before)
+            if likely < bold:
+                break
+            expected += likely
+            guess.append(token)
+        return guess if expected >= worth else []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def filtered_probs(logits, temperature, top_k=0, top_p=1.0):
+    """Probabilities (N, V) after temperature, then of the top_k likeliest tokens (0: of all), then of the smallest set
+    of likeliest ones whose mass reaches top_p (nucleus sampling: Holtzman et al., arXiv 1904.09751), renormalised."""
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"generate: top_k {top_k} must be at least 0, top_p {top_p} above 0 and at most 1")
+    probs = (logits.float() / temperature).softmax(-1)
+    if 0 < top_k < probs.size(-1):
+        kth = probs.topk(top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    if top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered                                        # mass of the likelier ones
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample(logits, chance, temperature, **filters):
+    """One token per row (N,) by inverting the cumulative distribution at `chance` (N,), uniform in [0, 1)."""
+    cumulative = filtered_probs(logits, temperature, **filters).double().cumsum(-1)
+    point = chance.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)

@@ -1,0 +1,399 @@
+"""checkpoint.py against transformers, real configurations, and hand-made broken folders."""
+import copy
+import json
+import math
+import os
+import re
+import resource
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+from common import UserError
+from model import Config, Llama, logits
+from test_model import CONFIGS, random_tokens, tiny, weights_of
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 12},
+    {"rope_scaling": {"type": "linear", "factor": 3.0}, "eos_token_id": [2, 3]},
+    {"rope_scaling": CONFIGS["llama3"]["v4"]["rope_scaling"], "rope_theta": 100.0}], ids=str)
+def test_transformers_loads_what_is_saved(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(**changes)
+    checkpoint.save(ours, tmp_path / "ours")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    tokens = random_tokens(100).view(2, 50)
+    with torch.no_grad():
+        assert torch.allclose(logits(ours, tokens), theirs(tokens).logits, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    assert weights_equal(checkpoint.load(tmp_path / "theirs"), ours)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def weights_equal(one, other):
+    one, other = dict(one.named_parameters()), dict(other.named_parameters())
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True},
+                                     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 6}], ids=str)
+def test_save_and_load(tmp_path, changes):
+    llama = tiny(**changes)
+    checkpoint.save(llama, tmp_path)
+    again = checkpoint.load(tmp_path)
+    assert weights_equal(llama, again) and again.config == llama.config
+    tokens = random_tokens(30)[None]
+    assert torch.equal(logits(llama, tokens), logits(again, tokens))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == bool(changes.get("tie_word_embeddings"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "whoever may read the configuration may read the weights"
+
+
+def test_bfloat16_and_where_its_angles_are_computed(tmp_path):
+    """In bf16, positions beyond 256 and their angles would be coarse: `.to` must leave the frequencies alone."""
+    llama = tiny()
+    checkpoint.save(llama, tmp_path)
+    loaded = checkpoint.load(tmp_path, dtype=torch.bfloat16)
+    cast = copy.deepcopy(llama).to(torch.bfloat16)
+    tokens = random_tokens(600)[None]
+    found, expected = logits(loaded, tokens), logits(llama, tokens)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, logits(cast, tokens))
+    error = (found.float() - expected).abs().mean() / expected.std()
+    assert 0 < error < 0.03
+
+
+def write_sharded(weights, folder, name, shards=3):
+    """As Hugging Face does: NAME-00001-of-00003.EXT, ... and NAME.EXT.index.json."""
+    names = list(weights)
+    stem, _, ending = name.rpartition(".")
+    where = {}
+    for number in range(shards):
+        file = f"{stem}-{number + 1:05}-of-{shards:05}.{ending}"
+        part = {key: weights[key] for key in names[number::shards]}
+        (save_file if ending == "safetensors" else torch.save)(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+
+
+def checkpoint_folder(folder, llama, kind, weights=None):
+    """Write `llama` (or other `weights` under its config) as one kind of checkpoint."""
+    checkpoint.save(llama, folder)
+    weights = weights_of(llama) if weights is None else weights
+    (folder / "model.safetensors").unlink()
+    if kind == "safetensors":
+        save_file(weights, folder / "model.safetensors")
+    elif kind == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        write_sharded(weights, folder, {"sharded safetensors": "model.safetensors",
+                                        "sharded bin": "pytorch_model.bin"}[kind])
+    return folder
+
+
+KINDS = ["safetensors", "bin", "sharded safetensors", "sharded bin"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_checkpoint_gives_the_same_model(tmp_path, kind):
+    llama = tiny(attention_bias=True)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # old checkpoints carry it
+    checkpoint_folder(tmp_path, llama, kind, weights_of(llama) | extra)
+    assert weights_equal(checkpoint.load(tmp_path), llama)
+
+
+def test_a_tied_head_that_was_written_twice_is_tied(tmp_path):
+    llama = tiny(tie_word_embeddings=True)
+    weights = weights_of(llama)
+    checkpoint_folder(tmp_path, llama, "bin", weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    again = checkpoint.load(tmp_path)
+    assert weights_equal(again, llama) and again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_small_tensors_load_fast(tmp_path, kind):
+    llama = tiny(num_hidden_layers=33)
+    assert len(weights_of(llama)) == 300
+    checkpoint_folder(tmp_path, llama, kind)
+    start = time.process_time()
+    checkpoint.load(tmp_path)
+    assert time.process_time() - start < 2
+
+
+PEAK = """
+import gc, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import checkpoint
+def megabytes(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+for warm_up in sys.argv[2:4]:
+    checkpoint.load(warm_up)
+for folder in sys.argv[4:]:
+    if os.fork() == 0:  # a fresh account of memory for each
+        gc.collect()
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+        before = megabytes("VmRSS")
+        llama = checkpoint.load(folder)
+        print(megabytes("VmHWM") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
+def test_peak_memory_of_loading(tmp_path):
+    config = Config(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5,
+                    num_attention_heads=8)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+    with tempfile.TemporaryDirectory(dir=tmp_path) as top:  # not to leave gigabytes behind
+        top = Path(top)
+        folders = [top / name for name in ("warm.safetensors", "warm.bin", *KINDS[:2], KINDS[3])]
+        for folder, kind in zip(folders, ("safetensors", "bin", *KINDS[:2], KINDS[3])):
+            checkpoint_folder(folder, tiny(), kind)
+        weights = {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
+        for folder, kind in zip(folders[2:], (*KINDS[:2], KINDS[3])):
+            checkpoint_folder(folder, tiny(), kind, weights)
+            (folder / "config.json").write_text(json.dumps(vars(config)))
+        del weights
+        command = [sys.executable, "-c", PEAK, str(Path(checkpoint.__file__).parent), *map(str, folders)]
+        peaks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    size = 4 * sum(math.prod(shape) for shape in shapes.values()) / 2**20
+    assert size > 300 and len(peaks) == 3
+    for kind, peak in zip((*KINDS[:2], KINDS[3]), peaks):
+        assert 0.9 < float(peak) / size < 1.15, kind
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Real configurations, with the number of parameters that each model is published with
+
+LLAMA1 = {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+          "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_sequence_length": 2048,
+          "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": 0,
+          "rms_norm_eps": 1e-06, "torch_dtype": "float16", "transformers_version": "4.28.0.dev0", "use_cache": True,
+          "vocab_size": 32000}
+LLAMA2 = LLAMA1 | {"max_position_embeddings": 4096, "num_key_value_heads": 32, "pretraining_tp": 1,
+                   "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False}
+LLAMA3 = LLAMA2 | {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+                   "intermediate_size": 14336, "max_position_embeddings": 8192, "num_key_value_heads": 8,
+                   "rope_theta": 500000.0, "vocab_size": 128256, "torch_dtype": "bfloat16"}
+STRETCHED = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+             "rope_type": "llama3"}
+LLAMA31 = LLAMA3 | {"eos_token_id": [128001, 128008, 128009], "max_position_embeddings": 131072, "mlp_bias": False,
+                    "rope_scaling": STRETCHED}
+SMOLLM2 = LLAMA3 | {"bos_token_id": 0, "eos_token_id": 0, "hidden_size": 576, "initializer_range": 0.0416666,
+                    "intermediate_size": 1536, "is_llama_config": True, "num_attention_heads": 9,
+                    "num_hidden_layers": 30, "num_key_value_heads": 3, "rope_interleaved": False,
+                    "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+                    "transformers_js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}
+PUBLISHED = {
+    "Llama 1 7B": (LLAMA1, 6_738_415_616, (32, 128, 10000.0, 1e-6), (2,)),
+    "Llama 2 13B": (LLAMA2 | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40,
+                              "num_hidden_layers": 40, "num_key_value_heads": 40},
+                    13_015_864_320, (40, 128, 10000.0, 1e-5), (2,)),
+    "Llama 2 70B": (LLAMA2 | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+                              "num_hidden_layers": 80, "num_key_value_heads": 8},
+                    68_976_648_192, (8, 128, 10000.0, 1e-5), (2,)),
+    "Llama 3 8B": (LLAMA3, 8_030_261_248, (8, 128, 500000.0, 1e-5), (128001,)),
+    "Llama 3.1 8B": (LLAMA31, 8_030_261_248, (8, 128, 500000.0, 1e-5), (128001, 128008, 128009)),
+    "Llama 3.2 1B": (LLAMA31 | {"eos_token_id": 128001, "head_dim": 64, "hidden_size": 2048,
+                                "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True,
+                                "rope_scaling": STRETCHED | {"factor": 32.0}},
+                     1_235_814_400, (8, 64, 500000.0, 1e-5), (128001,)),
+    "TinyLlama 1.1B": (LLAMA2 | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+                                 "max_position_embeddings": 2048, "num_key_value_heads": 4, "rope_theta": 10000.0},
+                       1_100_048_384, (4, 64, 10000.0, 1e-5), (2,)),
+    "SmolLM2 135M": (SMOLLM2, 134_515_008, (3, 64, 100000, 1e-5), (0,)),
+    "SmolLM2 1.7B": (SMOLLM2 | {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+                                "num_hidden_layers": 24, "num_key_value_heads": 32, "rope_theta": 130000},
+                     1_711_376_384, (32, 64, 130000, 1e-5), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_real_configurations(tmp_path, name):
+    raw, parameters, numbers, stops = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = checkpoint.read_config(tmp_path / "config.json")
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta, config.rms_norm_eps) == numbers
+    assert config.stop_ids == stops and config.rope_scaling == raw.get("rope_scaling")
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in Llama(config).parameters()) == parameters
+
+
+def test_what_an_absent_key_means(tmp_path):
+    """The defaults are those of Hugging Face, whose eps (1e-6) is not that of a model from scratch here."""
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps({key: LLAMA1[key] for key in needed}))
+    config = checkpoint.read_config(tmp_path / "config.json")
+    assert (config.rms_norm_eps, config.rope_theta, config.tie_word_embeddings) == (1e-6, 10000.0, False)
+    assert (config.num_key_value_heads, config.head_dim, config.stop_ids) == (32, 128, (2,))
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"model_type": "mistral", "sliding_window": 4096}, "model_type = 'mistral'; sliding_window = 4096"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_scaling type 'longrope'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "without a number 'low_freq_factor'"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "without a number 'factor'"),
+    ({"rope_scaling": "linear"}, "rope_scaling must be null or an object"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"rope_interleaved": True}, "rope_interleaved = True"),
+    ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+    ({"hidden_size": None}, "hidden_size missing or not such a number"),
+    ({"vocab_size": "512"}, "vocab_size missing or not such a number"),
+    ({"num_attention_heads": 0}, "num_attention_heads missing or not such a number"),
+    ({"num_key_value_heads": 8.0}, "num_key_value_heads missing or not such a number"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps missing or not such a number"),
+    ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
+    ({"num_attention_heads": 30, "num_key_value_heads": 30}, "4096 is not a multiple of num_attention_heads 30"),
+], ids=str)
+def test_configurations_that_are_refused(tmp_path, changes, said):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA2 | changes))
+    with pytest.raises(UserError) as error:
+        checkpoint.read_config(path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Broken folders
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def break_header(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw[:8] + b"?" * 20 + raw[28:])
+
+
+BROKEN = {  # what happens to a good folder of this kind -> what is said
+    "no weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "no checkpoint here"),
+    "no config": ("bin", lambda f: (f / "config.json").unlink(), "config.json: not found"),
+    "config no JSON": ("bin", lambda f: (f / "config.json").write_text("{'a': 1}"), "cannot be read as a JSON object"),
+    "config a list": ("bin", lambda f: (f / "config.json").write_text("[]"), "cannot be read as a JSON object"),
+    "config not UTF-8": ("bin", lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "config.json: cannot be"),
+    "bad header": ("safetensors", lambda f: break_header(f / "model.safetensors"), "not a readable checkpoint"),
+    "long header": ("safetensors", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "not a readable"),
+    "cut tensors": ("safetensors", lambda f: cut(f / "model.safetensors", 20000), "not a readable checkpoint"),
+    "empty file": ("safetensors", lambda f: cut(f / "model.safetensors", 0), "not a readable checkpoint"),
+    "cut bin": ("bin", lambda f: cut(f / "pytorch_model.bin", 20000), "not a readable checkpoint"),
+    "bin short by a few bytes": ("bin", lambda f: cut(f / "pytorch_model.bin", -3), "not a readable checkpoint"),
+    "empty bin": ("bin", lambda f: cut(f / "pytorch_model.bin", 0), "not a readable checkpoint"),
+    "pointer": ("bin", lambda f: (f / "pytorch_model.bin").write_text("version https://git-lfs"), "not a readable"),
+    "no weights inside": ("bin", lambda f: torch.save({"step": 3}, f / "pytorch_model.bin"), "not a readable"),
+    "shard gone": ("sharded bin", lambda f: (f / "pytorch_model-00002-of-00003.bin").unlink(),
+                   "shards missing: pytorch_model-00002-of-00003.bin"),
+    "shards gone": ("sharded safetensors", lambda f: [p.unlink() for p in f.glob("*-0000[13]-*")],
+                    "shards missing: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"),
+    "shard cut": ("sharded safetensors", lambda f: cut(f / "model-00002-of-00003.safetensors", 900),
+                  "model-00002-of-00003.safetensors: not a readable checkpoint"),
+    "index broken": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("{"), "'weight_map'"),
+    "index empty": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("{}"), "'weight_map'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused(tmp_path, name):
+    kind, harm, said = BROKEN[name]
+    checkpoint_folder(tmp_path, tiny(), kind)
+    checkpoint.load(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path)
+    message = str(error.value)
+    assert said in message and str(tmp_path) in message and "\n" not in message
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    checkpoint_folder(tmp_path, tiny(), "bin", {"model.norm.weight": Runs()})
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(UserError, match="absent: no such folder"):
+        checkpoint.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sharded bin"])
+def test_tensors_that_do_not_fit_are_listed(tmp_path, kind):
+    llama = tiny()
+    weights = weights_of(llama)
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["lm_head.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    weights["model.norm.weight"] = torch.ones(31)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(checkpoint_folder(tmp_path, llama, kind, weights))
+    problems = str(error.value).split("weights do not fit config.json: ")[1].split("; ")
+    assert sorted(problems) == [
+        "missing lm_head.weight", "missing model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight is (31,), config.json says (32,)", "unexpected model.layers.0.self_attn.q_proj.bias"]
+
+
+def test_a_long_list_is_cut(tmp_path):
+    llama = tiny(num_hidden_layers=6)
+    with pytest.raises(UserError, match=r"; and 36 more$"):  # 6 x 9 + 3 - 1 are missing, 20 are shown
+        checkpoint.load(checkpoint_folder(tmp_path, llama, "bin", {"model.norm.weight": torch.ones(32)}))
+
+
+def tokenizer_file(folder, words):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.WordLevel({f"word{n}": n for n in range(words)}, unk_token="word0")).save(
+        str(folder / "tokenizer.json"))
+
+
+def test_tokenizers(tmp_path):
+    llama = tiny()
+    with pytest.raises(UserError, match="tokenizer.json: not found"):
+        checkpoint.load_tokenizer(tmp_path, llama)
+    tokenizer_file(tmp_path, 40)
+    assert checkpoint.load_tokenizer(tmp_path, llama).encode("word7").ids == [7]
+    tokenizer_file(tmp_path, 41)
+    with pytest.raises(UserError, match=re.escape(f"has token id 40, but the embedding of {tmp_path} ends at 39")):
+        checkpoint.load_tokenizer(tmp_path, llama)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        checkpoint.load_tokenizer(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    old = tiny(seed=1)
+    checkpoint.save(old, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the weights .* is the disk full?"):
+            checkpoint.save(tiny(seed=2), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert weights_equal(checkpoint.load(tmp_path), old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
