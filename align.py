@@ -22,7 +22,7 @@ import formats
 from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option, read_options,
                     seed_from, write_jsonl, write_whole)
 from endpoint import Endpoint, in_parallel
-from generate import Acceptance, stream
+from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
 from report import ansi_diff
 from resume import Journal
@@ -57,7 +57,7 @@ class Writer:
     def __init__(self, folder, device=None):
         device = device_named(device)
         dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
-        self.llama = checkpoint.load(folder, dtype, device).eval()
+        self.llama = prepack(checkpoint.load(folder, dtype, device).eval())
         self.tokenizer = checkpoint.load_tokenizer(folder, self.llama)
         self.acceptance = Acceptance()
 

@@ -222,7 +222,7 @@ def fresh(size, dtype, device):
 
 
 def align_ours(folder, device, prompts, dtype, batch, passes, draft):
-    llama = checkpoint.load(folder, getattr(torch, dtype), device)
+    llama = generate.prepack(checkpoint.load(folder, getattr(torch, dtype), device))
     acceptance = generate.Acceptance()
 
     def edit(prompts):
@@ -236,6 +236,7 @@ def decode(folder, device, config, dtype):
     one row. What comes before the first 16 tokens is in both of the times that are subtracted."""
     llama = fresh(config, getattr(torch, dtype), device)
     read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
+    generate.prepack(llama)
 
     def write(count):
         return once(device, generate.generate, llama, [[5] * 128], count)

@@ -9,9 +9,11 @@ vocabulary, H query heads, G key/value heads, E head_dim.
 """
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common import UserError
-from model import Packed, as_one, as_rows, compute_dtype, places_of, uniforms
+from lora import projections, replace
+from model import Packed, as_one, as_rows, compute_dtype, computes_bf16, places_of, uniforms
 
 
 def generate(llama, prompts, max_new_tokens, **options):
@@ -42,7 +44,7 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
     waiting = list(range(len(prompts))) if max_new_tokens > 0 else []
     chances = uniforms(seed, len(prompts), max_new_tokens) if temperature > 0 else None
     rows = min(rows, len(waiting))
-    cache = Cache(llama.config, rows, compute_dtype(llama.lm_head.weight), llama.device)
+    cache = Cache(llama.config, rows, compute_dtype(llama.model.embed_tokens.weight), llama.device)
     live, logits = [], []
     while waiting or live:
         free = rows - len(live)
@@ -116,31 +118,43 @@ class Cache:
 
     def append(self, counts, first=0):
         """Prepare for counts[r] further tokens of row first + r, one row's after another's."""
-        device, before = self.block.device, torch.tensor(self.lengths[first:first + len(counts)])
+        rows, device = slice(first, first + len(counts)), self.block.device
+        before, counts = torch.tensor(self.lengths[rows]), torch.tensor(counts)
         row, offset = places_of(counts)                                              # (N,)
-        positions = before[row] + offset
-        longest = int(positions.max()) + 1
-        self.lengths[first:first + len(counts)] = (before + torch.tensor(counts)).tolist()
-        room = -(-longest // 64) * 64
-        if room > self.block.size(4):
-            self.block = F.pad(self.block, (0, 0, 0, room - self.block.size(4)))
+        positions, most = before[row] + offset, int(counts.max())
+        self.lengths[rows] = (before + counts).tolist()
+        self.room = -(-(int(positions.max()) + 1) // 64) * 64
+        if self.room > self.block.size(4):
+            self.block = F.pad(self.block, (0, 0, 0, self.room - self.block.size(4)))
         self.rows, self.positions = (first + row).to(device), positions[None].to(device)
-        self.packed = None if before.any() else Packed(counts, device)
-        if not self.packed:  # new tokens stand on a padded grid (R, C)
-            self.shape = len(counts), max(counts)
-            self.places = (row * max(counts) + offset).to(device)
-            seen = before[:, None] + torch.arange(max(counts))                       # (R, C): the last one it sees
-            hidden = torch.arange(room) > seen[:, None, :, None]
-            self.hide = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill(hidden, float("-inf")).to(device)
+        self.packed, self.grids = Packed(counts, device) if not before.any() else None, []
+        if not self.packed:  # where few rows have several new tokens, all rows' first ones, and then those of these few
+            parts = [(0, most)] if 2 * len(row) > most * len(before) else [(0, 1), (1, most)]
+            self.grids = [self.grid(before, row, offset, *part) for part in parts]
         return self
+
+    def grid(self, before, row, offset, start, end):
+        """New tokens `start` to `end` of each row that has so many, on a padded grid (R, C): (these rows, which of the
+        N tokens, their places on the grid, its shape, what is hidden from them (R, 1, C, L))."""
+        device, tokens = self.block.device, ((offset >= start) & (offset < end)).nonzero()[:, 0]
+        rows, number = row[tokens].unique(return_inverse=True)
+        places = number * (end - start) + offset[tokens] - start
+        seen = before[rows, None] + torch.arange(start, end)                         # (R, C): the last one it sees
+        hidden = torch.arange(self.room) > seen[:, None, :, None]
+        hide = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill(hidden, float("-inf"))
+        which = slice(len(rows)) if len(rows) == len(before) else rows.to(device)    # a slice copies no keys
+        return which, tokens.to(device), places.to(device), (len(rows), end - start), hide.to(device)
 
     def __call__(self, layer, q, k, v):
         self.block[layer][:, self.rows, :, self.positions[0]] = torch.stack((k[0], v[0]), 1).to(self.block.dtype)
         if self.packed:
             return self.packed(layer, q, k, v)
-        q = as_rows(q, self.places, self.shape)                                      # (R, C, H, E)
-        keys, values = self.block[layer][:, :len(q), :, :self.hide.size(-1)]         # (R, G, L, E) each
-        return as_one(cached_attention(q.to(keys.dtype), keys, values, self.hide), self.places, 1)
+        y = torch.empty_like(q)                                                      # (1, N, H, E)
+        for rows, tokens, places, shape, hide in self.grids:
+            keys, values = self.block[layer][:, rows, :, :self.room]                 # (R, G, L, E) each
+            asking = as_rows(q[:, tokens], places, shape).to(keys.dtype)             # (R, C, H, E)
+            y[:, tokens] = as_one(cached_attention(asking, keys, values, hide), places, 1).to(y.dtype)
+        return y
 
 
 def cached_attention(q, k, v, hide):
@@ -153,6 +167,28 @@ def cached_attention(q, k, v, hide):
         scores = (q @ k.transpose(2, 3)).view(rows, heads, new, -1) + hide           # (R, H, C, L)
         y = scores.softmax(-1).view(rows, groups, -1, k.size(2)) @ v                 # (R, G, H/G * C, E)
     return y.view(rows, heads, new, size).transpose(1, 2)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bf16 weights lie in memory as a CPU's matrix products want them: once, instead of in each
+    pass. The same results; for writing only."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def prepack(llama):
+    """Make PackedLinears of a bf16 model's layers on a CPU; elsewhere, and where this PyTorch cannot, nothing."""
+    fits = llama.device.type == "cpu" and llama.lm_head.weight.dtype == torch.bfloat16 and computes_bf16("cpu")
+    if fits and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        with torch.inference_mode():
+            for name, linear in [*projections(llama), ("lm_head", llama.lm_head)]:
+                replace(llama, name, PackedLinear(linear))
+    return llama
 
 
 # ----------------------------------------------------------------------------------------------------------------

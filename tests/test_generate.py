@@ -316,3 +316,35 @@ def test_cuda_writes_what_a_cpu_writes():
         assert generate(llama, LOOPS, 60, stop_ids=(5, 11, 30), draft=draft) == texts
         assert dict(stream(llama, LOOPS, 60, 3, stop_ids=(5, 11, 30), draft=draft)) == dict(enumerate(texts))
     assert list(stream(llama, [], 5, 32)) == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
+                         ids=str)
+def test_weights_laid_out_for_a_cpu_write_the_same(changes):
+    if not model.computes_bf16("cpu"):
+        pytest.skip("this CPU does not multiply bf16")
+    llama = tiny(seed=3, hidden_size=64, **changes).bfloat16()
+    expected = [generate(llama, LOOPS, 40, draft=draft) for draft in (0, 7)]
+    size = sum(p.numel() for p in llama.parameters())
+    assert engine.prepack(llama) is llama
+    assert sum(p.numel() for p in llama.parameters()) < size / 2, "the weights of the blocks are not there twice"
+    assert [generate(llama, LOOPS, 40, draft=draft) for draft in (0, 7)] == expected
+    other = tiny(seed=3)
+    names = [name for name, _ in other.named_parameters()]
+    assert [name for name, _ in engine.prepack(other).named_parameters()] == names, "fp32 stays as it is"
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [3, 3, 3, 3], [1, 1, 1, 7], [1, 4, 1, 1], [5, 1, 5, 5]])
+def test_new_tokens_attend_as_in_the_whole_text(counts):
+    """Rows that append unequally, on one grid or on two, against the texts computed whole."""
+    llama = tiny(seed=3)
+    texts = [random_tokens(length + count, seed=length).tolist() for length, count in zip((9, 4, 70, 1), counts)]
+    cache = engine.Cache(llama.config, 4, torch.float32, "cpu")
+    with torch.no_grad():
+        engine.prefill(llama, cache, [text[:-count] for text, count in zip(texts, counts)], 0)
+        found = engine.advance(llama, cache, [text[-count:] for text, count in zip(texts, counts)]).split(counts)
+        for text, count, rows in zip(texts, counts, found):
+            whole = model.logits(llama, torch.tensor([text]))[0, -count:]
+            torch.testing.assert_close(rows, whole, rtol=1e-4, atol=1e-4)
+    assert cache.lengths == list(map(len, texts))
+    assert len(cache.grids) == (2 if counts in ([1, 1, 1, 7], [1, 4, 1, 1]) else 1)
