@@ -25,7 +25,7 @@ from data import Objective
 from endpoint import Endpoint
 from eval import evaluate, exact_judge
 from model import Config, Llama, device_named
-from report import ansi_diff, pick_examples, print_table, write_report
+from report import ansi_diff, bar_chart, pick_examples, print_table, write_report, write_svg
 
 FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
                   num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
@@ -222,11 +222,31 @@ def write_results(out, rows, results):
     notes = ("Five policies of the embedded world, edited by an aligner that has seen none of them. 'Held-out' topics "
              "occur in no pair that it was trained on, only in pretraining texts.")
     write_report(out / "report.html", results, examples, "nanoalign: the story", notes)
+    write_svg(out / "story.svg", mean_chart(figures), CHART)
     for name in results:
         row = next(row for row in rows[name] if any("held-out" in text for text in row["objectives"]))
         print(f"\n{name}, asked to: {'; '.join(text.partition(': ')[2] for text in row['objectives'][:-1])}")
         print(ansi_diff(row["original"], row["aligned"]) if sys.stdout.isatty() else
               f"- {row['original']}\n+ {row['aligned']}")
+
+
+CHART = "Win rate against golden answers: five policies (grey), aligned (green)"
+
+
+def mean_chart(results):
+    """Win rates against golden answers before and after, per objective that was asked for: a mean over policies."""
+    labels = {name: name for name in toy.NAMED}
+    for verb in ("mention", "avoid"):
+        labels |= {f"{verb} a trained topic": f"{verb} X", f"{verb} a held-out topic": f"{verb} X, pretraining only"}
+    lines = []
+    for name, label in labels.items():
+        cells = [result["objectives"][name] for result in results.values() if name in result["objectives"]]
+        if not cells:  # with few questions, nobody may have mentioned a topic to avoid
+            continue
+        before, after = (sum(cell[f"win_rate_{which}"] for cell in cells) / len(cells)
+                         for which in ("original", "aligned"))
+        lines.append((label, [(0, before, "before"), (0, after, "after")], None, f"{before:.0f} -> {after:.0f}"))
+    return bar_chart(lines, 0, 100, "win rate against golden answers, in %: the policy's own answers, and aligned")
 
 
 def ablation(out, counts, seed, device):

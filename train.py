@@ -156,8 +156,8 @@ ALIGNER = ["identity", "equal", "better"]  # MetaAligner's three steps; partner 
 
 def unheeded(names):
     """The names of the options that none of these methods heeds."""
-    special = {option for method in METHODS.values() for option in method.options}
-    return special - {option for name in names for option in METHODS[name].options}
+    special = {flag for method in METHODS.values() for flag in method.options}
+    return special - {flag for name in names for flag in METHODS[name].options}
 
 
 # ----------------------------------------------------------------------------------------------------------------

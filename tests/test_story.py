@@ -78,6 +78,8 @@ def test_the_story_from_end_to_end(short, tmp_path, capsys):
     for policy in toy.POLICIES:
         rows = formats.read_aligned(tmp_path / "aligned" / f"{policy}.jsonl")
         assert len({row["prompt"] for row in rows}) <= 3 <= len(rows) / 3
+    chart = (tmp_path / "story.svg").read_text(encoding="utf-8")
+    assert all(f">{name}</text>" in chart for name in [*toy.NAMED, "mention X"])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == len(toy.POLICIES) and "mention a held-out topic" in page
 
