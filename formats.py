@@ -428,7 +428,7 @@ def from_label(record, where):
     p_a = record.get("p_a")
     if type(p_a) not in (int, float) or not 0 <= p_a <= 1:
         raise UserError(f"{where}: 'p_a' is {p_a!r}, not a probability; mend or remove the row")
-    yield preference(*texts, record.get("principle", "overall"), p_a)
+    yield preference(*texts, field({"principle": "overall", **record}, "principle", where), p_a)
 
 
 def from_alpaca_eval(record, where):

@@ -239,6 +239,8 @@ def test_preferences_on_several_scores_come_in_the_order_of_the_file(tmp_path):
     ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": 1.5}, "p_a"),
     ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": "1"}, "p_a"),
     ({"prompt": "q", "response_a": "x", "response_b": 3, "p_a": 1}, "response_b"),
+    ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": 1, "principle": ["detail"]}, "principle"),
+    ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": 1, "principle": 3}, "principle"),
     ({"prompt": "q", "response 1": "x", "response 2": "y", "label": 3}, "label"),
     ({"prompt": "q", "reference": "x", "responses": {"m": {"text": "y"}}}, "gpt4_preference"),
     ({"prompt": "q", "reference": "x", "responses": ["y"]}, "responses"),
