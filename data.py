@@ -373,10 +373,10 @@ def run_reformulate(files, out, objectives=None, objective=None, queries=None, m
 
     count = write_jsonl(out, examples())
     print(f"{out}: {count:,} examples, by how many objectives they ask for")
-    print_table(made, skipped)
+    print_counts(made, skipped)
 
 
-def print_table(made, skipped):
+def print_counts(made, skipped):
     sizes = sorted({size for _, size in made})
     print(" " * 8 + "".join(f"{size:>11}" for size in [*sizes, "all"]))
     for relation in TEMPLATE:

@@ -25,7 +25,7 @@ import train
 from align import Writer
 from common import announce, cli, make_parser, write_jsonl
 from eval import mean_and_interval
-from feedback import embedded_labels
+from feedback import PRINCIPLES, embedded_labels
 from model import Config, Llama, device_named
 from report import bar_chart, html_table, write_page
 
@@ -42,7 +42,6 @@ PPO = ppo.Options(iterations=30, rollouts=64, lr=2e-4, kl_coef=0.05, kl_target=0
 PAIRS = {"train": 2000, "fit": 400, "test": 400}  # to train the models, to fit the weights, to measure accuracy
 QUICK_PAIRS, QUICK_ITERATIONS = {**PAIRS, "train": 1000}, 25
 ANNOTATOR = dict(temperature=0.5, position_bias=0.2, flip_rate=0.05)
-PRINCIPLES = [*toy.WORTH]
 QUESTIONS = 300                                   # to each policy in the end
 
 
@@ -106,7 +105,7 @@ def learn_preferences(out, pairs, seed, device):
             for size, base in (("same size", "policy"), ("small", "small"))}
 
 
-def normalised(scores, like):
+def normalised_like(scores, like):
     """Scores (K, ...) in deviations from the mean of `like` (K, ...), principle by principle."""
     mean, std = like.flatten(1).mean(1), like.flatten(1).std(1)
     shape = (-1,) + (1,) * (scores.dim() - 1)
@@ -144,11 +143,11 @@ def judge_models(folders, pairs, seed, device):
         alone[name] = right(margin, t)
         error[name] = reward.calibration(torch.sigmoid(margin[t != 0]), (t[t != 0] > 0).float())[0]
     correlation = reward.correlations(test[:-1].flatten(1)).tolist()
-    fit, test = normalised(fit, fit)[:-1], normalised(test, fit)[:-1]
+    fit, test = normalised_like(fit, fit)[:-1], normalised_like(test, fit)[:-1]
     weights = fitted(fit, pairs["fit"], seed)
     joined = {name: right(combined(test, weights, name), truth[-1]) for name in reward.SCALARIZATIONS}
     exact_fit, exact_test = (exact_pairs(PRINCIPLES, pairs[name]) for name in ("fit", "test"))
-    exact_fit, exact_test = normalised(exact_fit, exact_fit), normalised(exact_test, exact_fit)
+    exact_fit, exact_test = normalised_like(exact_fit, exact_fit), normalised_like(exact_test, exact_fit)
     number = {"models": by_number(fit, test, truth[-1], pairs["fit"], seed),
               "ceiling": by_number(exact_fit, exact_test, truth[-1], pairs["fit"], seed)}
     return {"alone": alone, "calibration": error, "correlation": correlation, "weights": weights.tolist(),
@@ -217,7 +216,7 @@ def scalarized(scores, weights):
     for name in scores:
         scalarization, size = name.split(",")[0], "small" if name.endswith("small") else "same size"
         if scalarization in reward.SCALARIZATIONS:
-            found[name] = [reward.scalarize(normalised(scores[which][:-1], scores["start"][:-1]), weights[size],
+            found[name] = [reward.scalarize(normalised_like(scores[which][:-1], scores["start"][:-1]), weights[size],
                                             scalarization).tolist() for which in ("start", name)]
         elif scalarization == "single":
             found[name] = [scores[which][-1].tolist() for which in ("start", name)]

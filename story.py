@@ -79,7 +79,7 @@ def train_policies(out, foundation, seed, device):
         train.train(base, tokenizer, [stage], out / name, options, resume=True)
 
 
-def reformulate(out, topics, seed):
+def write_pairs(out, topics, seed):
     """Rated answers to files, and the pairs made of them."""
     names = [name for name in toy.TRAINED if name in toy.NAMED or name.partition("_")[2] in set(topics)]
     objectives = [toy.OBJECTIVES[name] for name in names]
@@ -106,7 +106,7 @@ def train_aligner(out, foundation, pairs, texts, seed, device):
 # Questions, answers and what is asked of them
 
 
-def policy_answers(name, prompts, out, seed, device):
+def ask_policy(name, prompts, out, seed, device):
     """One answer of a policy to each prompt. All that anybody ever learns of a policy is this text."""
     rng = random.Random(f"{name} answers {seed}")
     if name == "blackbox":
@@ -193,7 +193,7 @@ def story(out, seed, device):
     announce("2. two policies learn to answer, not too well")
     train_policies(out, out / "foundation", seed, device)
     announce("3. rated answers become pairs for the aligner")
-    pairs = reformulate(out, toy.TRAINED_TOPICS, seed)
+    pairs = write_pairs(out, toy.TRAINED_TOPICS, seed)
     for row in itertools.islice(formats.read_pairs(pairs), 1):
         print(f"--- one of them ({row['relation']})\n{row['prompt']}\n--- its target\n{row['completion']}")
     announce("4. the aligner learns: to copy, to keep, to improve")
@@ -204,7 +204,7 @@ def story(out, seed, device):
     prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
     rows, results = {}, {}
     for name in toy.POLICIES:
-        answers = policy_answers(name, prompts, out, seed, device)
+        answers = ask_policy(name, prompts, out, seed, device)
         rows[name], results[name] = edit_and_judge(aligner, requests(prompts, answers, seed), seed)
         write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
     announce("6. the judges compare")
@@ -254,11 +254,11 @@ def ablation(out, counts, seed, device):
     texts = pretrain(out, seed, device)
     rng = random.Random(f"prompts {seed}")
     prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
-    answers = policy_answers("verbose", prompts, out, seed, device)
+    answers = ask_policy("verbose", prompts, out, seed, device)
     for count in counts:
         folder = out / f"topics-{count}-{seed}"
         topics = random.Random(seed).sample(toy.TRAINED_TOPICS, count)
-        train_aligner(folder, out / "foundation", reformulate(folder, topics, seed), texts, seed, device)
+        train_aligner(folder, out / "foundation", write_pairs(folder, topics, seed), texts, seed, device)
         _, result = edit_and_judge(Writer(folder, device), requests(prompts, answers, seed, topics), seed)
         for name, figures in result["objectives"].items():
             if "topic" in name:

@@ -27,7 +27,7 @@ def test_exact_scores_are_those_of_the_world(pairs):
 def test_normalised_scores_have_mean_0_and_deviation_1_and_a_constant_one_stays_finite():
     scores = torch.randn(3, 50, 2, generator=torch.Generator().manual_seed(0)) * 4 + 2
     scores[2] = 1.0
-    found = morlaif.normalised(scores, scores)
+    found = morlaif.normalised_like(scores, scores)
     torch.testing.assert_close(found[:2].flatten(1).mean(1), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[:2].flatten(1).std(1), torch.ones(2))
     assert torch.equal(found[2], torch.zeros(50, 2))
@@ -42,7 +42,7 @@ def test_exact_principles_predict_the_overall_preference_nearly_always_and_more_
     scores = morlaif.exact_pairs(morlaif.PRINCIPLES, pairs)
     truth = morlaif.exact_pairs(["overall"], pairs)[0]
     truth = (truth[:, 0] - truth[:, 1]).sign()
-    scores = morlaif.normalised(scores, scores)
+    scores = morlaif.normalised_like(scores, scores)
     found = morlaif.by_number(scores, scores, truth, pairs, seed=0, orders=4)
     share = {count: numpy.mean([value for value in values if value is not None]) for count, values in found.items()}
     assert share[12] > 0.85 and share[12] > share[3] > share[1] > 0.5
@@ -50,7 +50,7 @@ def test_exact_principles_predict_the_overall_preference_nearly_always_and_more_
 
 def test_weights_do_not_depend_on_the_scale_of_the_annotators_doubt_but_on_what_it_prefers(pairs):
     scores = morlaif.exact_pairs(["toxicity", "bias", "sycophancy"], pairs)
-    weights = morlaif.fitted(morlaif.normalised(scores, scores), pairs, 0)
+    weights = morlaif.fitted(morlaif.normalised_like(scores, scores), pairs, 0)
     assert weights.abs().mean().item() == pytest.approx(1)
     assert weights[0] > 0 and weights[1] > 0 and weights[2] < 0  # the asker likes courtesy, which sycophancy forbids
 

@@ -46,7 +46,7 @@ def test_judging_pools_topics_and_agrees_with_the_scorers(items):
 
 
 def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
-    path = story.reformulate(tmp_path, toy.TRAINED_TOPICS[:50], 0)
+    path = story.write_pairs(tmp_path, toy.TRAINED_TOPICS[:50], 0)
     names = {name for row in formats.read_pairs(path) for name in row["objectives"]}
     assert not names & set(toy.HELD_OUT)
     assert {name.partition("_")[2] for name in names - set(toy.NAMED)} == set(toy.TRAINED_TOPICS[:50])
