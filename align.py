@@ -20,7 +20,7 @@ import checkpoint
 import data
 import formats
 from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option, read_options,
-                    seed_from, write_jsonl, write_whole)
+                    refuse_given, seed_from, write_jsonl, write_whole)
 from endpoint import Endpoint, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
@@ -190,6 +190,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.data and not args.interactive:
         parser.error("give --data FILE..., or --interactive")
+    if not args.temperature:
+        refuse_given(parser, args, vars(Sampling()).keys() - {"temperature"}, "needs a --temperature above 0")
     return args
 
 

@@ -105,12 +105,14 @@ def number(kind, low=None, high=None):
 
 
 def add_options(parser, Options, leave_out=(), **defaults):
-    """Add a flag for each field of the dataclass Options but those to leave out; `defaults` replace the fields' own."""
+    """Add a flag for each field of the dataclass Options but those to leave out; `defaults` replace the fields' own.
+    What is not given parses as None: read_options puts the default in its place."""
     for field in dataclasses.fields(Options):
         if field.name in leave_out:
             continue
-        about, flag = field.metadata, flag_of(field.name)
-        shared = dict(default=defaults.get(field.name, field.default), help=about["help"] + " (default %(default)s)")
+        about, flag, default = field.metadata, flag_of(field.name), defaults.get(field.name, field.default)
+        text = about["help"].replace("%", "%%")  # argparse would take it for a place to fill in
+        shared = dict(default=None, help=f"{text} (default {'none' if default == '' else default})")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
         elif about["choices"]:
@@ -124,17 +126,17 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def refuse_given(parser, args, Options, names, why):
+def refuse_given(parser, args, names, why):
     """An error for an option among `names` that was given, because it would not be heeded."""
-    for field in dataclasses.fields(Options):
-        if field.name in names and getattr(args, field.name) != field.default:
-            parser.error(f"{flag_of(field.name)} {why}")
+    for name in sorted(names):
+        if getattr(args, name, None) is not None:
+            parser.error(f"{flag_of(name)} {why}")
 
 
-def read_options(Options, args):
-    """The dataclass Options filled from parsed arguments."""
-    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)
-                      if hasattr(args, field.name)})
+def read_options(Options, args, **defaults):
+    """The dataclass Options filled from parsed arguments; `defaults` as for add_options."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Options)}
+    return Options(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
 def lasting(options):

@@ -350,7 +350,7 @@ def main():
             label.error("--judge-url and --judge-model go together")
         if args.judge_url:
             why = "is the embedded annotator's; leave it out with --judge-url"
-            refuse_given(label, args, Noise, vars(Noise()), why)
+            refuse_given(label, args, vars(Noise()), why)
         run_label(args.files, args.out, args.principles, args.judge_url, args.judge_model, args.concurrency, args.limit,
                   read_options(Noise, args))
 

@@ -33,7 +33,8 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
     prompts: lists of token ids, of any lengths (at least 1). temperature 0 is greedy. seed: an int, or one per prompt;
     what a prompt's continuation is depends on its own seed and not on its neighbours. draft: up to so many tokens per
     step and row are looked up in the text before; this changes how long it takes, not what is written. acceptance: what
-    is known of a model's copying (see Acceptance), and grows. filters: top_k, ... (see filtered_probs).
+    is known of a model's copying (see Acceptance), and grows. filters: top_k, ... of filtered_probs, where there is a
+    temperature.
     """
     if min(map(len, prompts), default=1) == 0:
         raise UserError("generate: a prompt has no tokens; give it at least the BOS token")

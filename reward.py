@@ -391,7 +391,8 @@ def add_train(commands):
     add("--out", required=True, metavar="FOLDER", help="where a folder for each principle goes")
     add("--principles", nargs="+", metavar="NAME", help="train only these (default: all that are labelled)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add_options(parser, train.Options, leave_out=train.unheeded(["reward"]), **TRAINING)
+    unheeded = {*train.unheeded([train.METHODS["reward"]]), "principle"}  # of all principles, one after another
+    add_options(parser, train.Options, leave_out=unheeded, **TRAINING)
 
 
 def add_score(commands):
@@ -412,7 +413,7 @@ def main():
     add_score(commands)
     args = parser.parse_args()
     if args.command == "train":
-        options = read_options(train.Options, args)
+        options = read_options(train.Options, args, **TRAINING)
         run_train(args.files, args.model, args.out, args.principles, args.device, options)
     else:
         run_score(args.files, args.models, args.out, args.device)

@@ -57,7 +57,7 @@ class Options:
     seed: int = option(0, "orders the examples", 0, 2**60)
     # Of some methods alone, which name them in METHODS:
     beta: float = option(0.1, "dpo: how strongly the policy is held to the reference", 1e-9, 1e9)
-    principle: str = option("", "dpo: which principle, where responses are compared on several")
+    principle: str = option("", "dpo, reward: on which principle, where the data compare responses on several")
     warmup_data: float = option(0.1, "aligner: part of the equal-preference pairs that the warm-up step takes", 0, 1)
 
 
@@ -107,8 +107,8 @@ def preference_rows(paths, options):
     """Pairs of responses with the probability that the first is better (AI feedback, HH-RLHF, rated answers)."""
     rows = [row for path in paths for row in formats.read_preferences(path, options.principle or None)]
     if len(principles := sorted({row["principle"] for row in rows})) > 1:
-        raise UserError(f"{paths[0]}: compares responses on {formats.shorten(principles)}; choose one (dpo "
-                        "--principle), or train a preference model for each (reward.py train)")
+        raise UserError(f"{paths[0]}: compares responses on {formats.shorten(principles)}; choose one with "
+                        "--principle, or train a preference model for each (reward.py train)")
     return rows
 
 
@@ -148,16 +148,16 @@ METHODS = {
     "partner": Method(partner_rows, cross_entropy, options=("warmup_data",)),
     "equal": Method(equal_rows, cross_entropy),
     "better": Method(better_rows, cross_entropy),
-    "reward": Method(preference_rows, bradley_terry, scorer=True),
+    "reward": Method(preference_rows, bradley_terry, scorer=True, options=("principle",)),
     "dpo": Method(preference_rows, dpo, reference=True, options=("beta", "principle")),
 }
 ALIGNER = ["identity", "equal", "better"]  # MetaAligner's three steps; partner is another warm-up
 
 
-def unheeded(names):
-    """The names of the options that none of these methods heeds."""
-    special = {flag for method in METHODS.values() for flag in method.options}
-    return special - {flag for name in names for flag in METHODS[name].options}
+def unheeded(methods):
+    """The names of the options that none of these Methods heeds."""
+    special = {name for method in METHODS.values() for name in method.options}
+    return special - {name for method in methods for name in method.options}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,9 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from. A finished run
     leaves no state behind. Gives the rows of metrics."""
     shapes = {name: list(weight.shape) for name, weight in trained(llama).items()}
-    run = Run(out, {**lasting(options), "data or steps": plan(stages), "model": shapes}, resume)
+    others = unheeded([stage.method for stage in stages])
+    settings = {name: value for name, value in lasting(options).items() if name not in others}
+    run = Run(out, {**settings, "data or steps": plan(stages), "model": shapes}, resume)
     if run.finished:
         print(f"{out}: finished already")
         return read_metrics(out)
@@ -516,7 +518,8 @@ def arguments(argv=None):
     if args.steps and args.method != "aligner":
         parser.error(f"--steps is for aligner; {args.method} is one step")
     args.names = (args.steps or ALIGNER) if args.method == "aligner" else [args.method]
-    refuse_given(parser, args, Options, unheeded(args.names), f"is no option of {' '.join(args.names)}; leave it out")
+    methods = [METHODS[name] for name in args.names]
+    refuse_given(parser, args, unheeded(methods), f"is no option of {' '.join(args.names)}; leave it out")
     if args.merge and not args.lora_rank:
         parser.error("--merge is for adapters; give --lora-rank too")
     if args.replay and METHODS[args.names[0]].rows is preference_rows:

@@ -183,6 +183,16 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_pat
     assert texts["a"] != [row["aligned"] for row in read(aligned)]
 
 
+def test_top_k_and_top_p_reach_the_sampling(world, aligned, tmp_path, monkeypatch):
+    texts = {}
+    for words in (["--top-k", 0], ["--top-k", 1], ["--top-p", 1e-6], ["--top-k", 3]):
+        out = tmp_path / "-".join(map(str, words))
+        assert run(align, monkeypatch, command(world, out / "out.jsonl", "--temperature", 1, *words)) == 0
+        texts[out.name] = read(out / "out.jsonl")
+    assert texts["--top-k-1"] == texts["--top-p-1e-06"] == read(aligned), "only the likeliest is left"
+    assert texts["--top-k-0"] != texts["--top-k-3"] != texts["--top-k-1"]
+
+
 def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "two.jsonl", toy.rated(2, 5, responses=2))
     words = command(world, tmp_path / "out.jsonl", "--limit", 6)
@@ -246,6 +256,7 @@ def test_a_llama_policy_answers_first(world, tmp_path, monkeypatch):
         assert row["aligned"] == edit(world, source["prompt"], row["original"], TOLD) and "golden" not in row
 
 
+@pytest.mark.slow
 def test_a_prompt_too_long_for_the_policy_is_left_out(world, tmp_path, monkeypatch, capsys):
     """Its last turn ends in more spaces than the context holds. Also after a kill, right after that is known and among
     the edits."""
@@ -330,6 +341,7 @@ def killed(words, count):
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path, monkeypatch, capsys):
     out = tmp_path / "aligned.jsonl"
     killed(command(world, out), 5)
@@ -348,6 +360,7 @@ def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_row_has_only_to_write_them(world, aligned, tmp_path, monkeypatch, capsys):
     out = tmp_path / "aligned.jsonl"
     killed(command(world, out), 9)
@@ -360,6 +373,7 @@ def test_a_run_that_was_killed_after_its_last_row_has_only_to_write_them(world, 
     assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 9, 12])
 def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch, count):
     """Killed among the policy's answers, right after them, and among the edits."""
@@ -458,6 +472,8 @@ def damaged(world, folder):
             ({"--device": "abacus"}, ["--device abacus"]),
             ({"--limit": "0"}, ["--limit"]), ({"--rounds": "0"}, ["--rounds"]),
             ({"--temperature": "-1"}, ["--temperature"]), ({"--temperature": "nan"}, ["--temperature"]),
+            ({"--top-k": "5"}, ["--top-k needs a --temperature above 0"]),
+            ({"--top-p": "1.5"}, ["--top-p", "from 1e-09 to 1"]),
             ({"--out": "header"}, ["header", "no ordinary file"])]
 
 

@@ -174,6 +174,7 @@ def test_what_precedes_the_first_tokens_is_not_in_the_time_of_one(tmp_path, monk
 # The parts
 
 
+@pytest.mark.slow
 def test_large_models_give_figures(tmp_path, monkeypatch, capsys):
     jobs = []
     monkeypatch.setattr(bench, "SIZE", SIZE)
@@ -218,6 +219,7 @@ def test_on_a_gpu_the_shapes_are_large(tmp_path, monkeypatch, capsys):
     assert " ".join(rank.split()) == "large: LoRA of rank 16, 7B, GiB 9.5 16,384 tokens/s"
 
 
+@pytest.mark.slow
 def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, capsys):
     """The middle one of the three asks for more than any machine has, in a process of its own; the others go on."""
     measure = bench.measure
@@ -294,6 +296,7 @@ def test_what_cannot_be_widened_is_told(tmp_path):
             bench.aligners(tmp_path, tmp_path / "odd")
 
 
+@pytest.mark.slow
 def test_aligning_is_compared_at_the_best_batch_of_each(tmp_path, monkeypatch, capsys, aligner):
     took = {("align_ours", 32): 4.0, ("align_ours", 64): 8.0, ("align_transformers", 1): 32.0,
             ("align_transformers", 16): 10.0, ("align_transformers", 64): None}
@@ -355,6 +358,7 @@ def test_copying_is_compared_on_edits_that_keep_70_percent(tmp_path, monkeypatch
 # The command
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured(monkeypatch, capsys):
     assert run(bench, monkeypatch, ["machine", "decode", "--device", "cpu"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]

@@ -157,6 +157,7 @@ for folder in sys.argv[4:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
 def test_peak_memory_of_loading(tmp_path):
     config = Config(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5,

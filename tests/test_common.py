@@ -99,7 +99,7 @@ def test_programming_errors_are_not_hidden():
 class Options:
     steps: int = common.option(100, "how many steps", low=1, high=1000)
     lr: float = common.option(1e-3, "the learning rate", low=0)
-    how: str = common.option("mean", "what is done", choices=("mean", "worst"))
+    how: str = common.option("mean", "what 5 % are done", choices=("mean", "worst"))
     clip_norm: float = common.option(1.0, "the largest gradient")
     quiet: bool = common.option(False, "say nothing", free=True)
     log_every: int = common.option(10, "how often to tell", low=1, free=True)
@@ -108,7 +108,7 @@ class Options:
 def parsed(words, **defaults):
     parser = argparse.ArgumentParser()
     common.add_options(parser, Options, **defaults)
-    return common.read_options(Options, parser.parse_args(words))
+    return common.read_options(Options, parser.parse_args(words), **defaults)
 
 
 def test_options_are_the_flags_of_a_command():
@@ -140,6 +140,18 @@ def test_help_tells_what_an_option_is_and_its_default(capsys):
                 "\n    python it.py   in this\n    order\n")
     places = [told.rindex(text) for text in in_order]
     assert places == sorted(places)
+
+
+def test_an_option_that_is_given_is_told_from_its_default(capsys):
+    parser = argparse.ArgumentParser()
+    common.add_options(parser, Options, leave_out=["lr"])
+    args = parser.parse_args(["--steps", "100", "--quiet"])
+    assert common.read_options(Options, args) == Options(quiet=True)
+    common.refuse_given(parser, args, ["lr", "log_every", "how"], "is of no use here")
+    for name in ("steps", "quiet"):
+        with pytest.raises(SystemExit) as stopped:
+            common.refuse_given(parser, args, ["log_every", name], "is of no use here")
+        assert stopped.value.code == 2 and f"--{name} is of no use here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("low, high, accepted, refused, wanted", [

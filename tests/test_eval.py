@@ -277,6 +277,7 @@ def test_command_line_on_the_embedded_world(tmp_path):
     assert list(result["objectives"]) == ["humour"] and result["objectives"]["humour"]["n"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_pays_for_nothing_twice(serve, tmp_path):
     def slow(number, payload):
         time.sleep(0.03)

@@ -201,6 +201,7 @@ def always_right(text, verified, stop_ids, acceptance):
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [None, always_right], ids=["as it is", "broken"])
 def test_copying_keeps_the_exact_distribution(rule, monkeypatch, hopeful):
     """Three tokens after a prompt in which every pair occurs: the chance of each triple, from full forwards."""
@@ -261,6 +262,7 @@ def chi_square(counts, expected):
     return statistic, freedom * (1 - 2 / (9 * freedom) + 4.5 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, top_k, top_p",
                          [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.8), (1.3, 6, 0.9)])
 def test_sampled_pairs_have_their_exact_distribution(temperature, top_k, top_p):

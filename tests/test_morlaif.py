@@ -75,6 +75,7 @@ def test_rates_pool_seeds_and_leave_out_what_is_unknown():
     assert interval[0] < 80 < interval[1]
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     """Every figure is printed and drawn; win rates of a pair of policies add up to 100; a second run repeats
     nothing."""

@@ -223,6 +223,7 @@ def distance(p, q):
     return sum(abs(p[text] - q[text]) for text in p) / 2
 
 
+@pytest.mark.slow
 def test_ppo_finds_the_optimum_of_reward_minus_divergence(tmp_path):
     """max_pi E[r] - beta KL(pi || reference) is solved by pi = reference * exp(r / beta) / Z."""
     beta, policy, tokenizer = 0.5, tiny(6, seed=3, num_hidden_layers=1), word_tokenizer(6)

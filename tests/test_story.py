@@ -71,6 +71,7 @@ def short(monkeypatch):
     monkeypatch.setattr(story, "PROMPTS", 3)
 
 
+@pytest.mark.slow
 def test_the_story_from_end_to_end(short, tmp_path, capsys):
     story.story(tmp_path, 0, torch.device("cpu"))
     printed = capsys.readouterr().out
@@ -84,6 +85,7 @@ def test_the_story_from_end_to_end(short, tmp_path, capsys):
     assert page.count("<svg") == len(toy.POLICIES) and "mention a held-out topic" in page
 
 
+@pytest.mark.slow
 def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path):
     story.ablation(tmp_path, [5, 10], 0, torch.device("cpu"))
     rows = [json.loads(line) for line in open(tmp_path / "topics.jsonl", encoding="utf-8")]

@@ -21,7 +21,7 @@ import formats
 import resume
 import toy
 import train
-from common import UserError, write_jsonl
+from common import UserError, read_options, write_jsonl
 from conftest import refused, run
 from data import Document, Example
 from model import Config, Llama, logits
@@ -454,7 +454,7 @@ def test_dpo_from_the_command_line(world, tmp_path, monkeypatch, capsys):
     said = [row["loss"] for row in rows if "loss" in row]
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-5) == said[0] and min(said) < 0.6
     words[words.index("--data") + 1] = world / "rated.jsonl"
-    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on avoid_", "dpo --principle")
+    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on avoid_", "--principle")
     helpful = train.preference_rows([world / "rated.jsonl"], Options(principle="helpful"))
     assert len(helpful) == 12 * 3 and {row["principle"] for row in helpful} == {"helpful"}
     assert run(train, monkeypatch, [*words, "--principle", "helpful"]) == 0
@@ -496,6 +496,7 @@ def killed(words, count, where):
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, where", [(2, "row"), (10, "row"), (10, "save"), (14, "row")])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch, finished, count, where):
     """At the first step; in the middle of the second stage; there with half a state written; and between stages."""
@@ -510,6 +511,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in finished.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_step(world, tmp_path, monkeypatch, finished):
     words = command(world, out=tmp_path / "out")
     killed(words, 10, "row")
@@ -520,6 +522,7 @@ def test_a_resumed_run_repeats_no_step(world, tmp_path, monkeypatch, finished):
     assert drawn == [("equal", 1), ("equal", 2), ("equal", 3), *(("better", step) for step in range(4))]
 
 
+@pytest.mark.slow
 def test_other_settings_or_data_are_refused(world, tmp_path, monkeypatch, capsys):
     killed(command(world, out=tmp_path / "out"), 10, "row")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -546,6 +549,7 @@ def test_a_finished_run_says_so(world, finished, monkeypatch, capsys):
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_is_not_taken_for_the_finished_one_before(world, tmp_path, monkeypatch):
     words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2})
     assert run(train, monkeypatch, words) == 0
@@ -570,6 +574,7 @@ def test_help_is_made_of_the_methods_and_the_options(capsys):
 
 @pytest.mark.parametrize("words, expected", [
     (["sft", "--beta", "0.5"], "--beta is no option of sft; leave it out"),
+    (["sft", "--beta", "0.1"], "--beta is no option of sft; leave it out"),  # given is given, though it is the default
     (["dpo", "--warmup-data", "0.5"], "--warmup-data is no option of dpo"),
     (["sft", "--steps", "better"], "--steps is for aligner"), (["sft", "--merge"], "--merge is for adapters"),
     (["dpo", "--replay", "x.jsonl"], "--replay mixes texts into texts")])
@@ -580,7 +585,7 @@ def test_what_would_not_be_heeded_is_refused(capsys, words, expected):
 
 
 def test_defaults_are_the_papers():
-    defaults = vars(train.arguments(["aligner", "--model", "m", "--data", "d", "--out", "o"]))
+    defaults = vars(read_options(Options, train.arguments(["aligner", "--model", "m", "--data", "d", "--out", "o"])))
     expected = {"lr": 1e-5, "weight_decay": 1e-5, "warmup": 0.05, "epochs": 2.0, "batch": 512, "max_tokens": 4096,
                 "max_grad_norm": 1.0, "precision": "auto"}
     assert {key: defaults[key] for key in expected} == expected and train.ALIGNER == ["identity", "equal", "better"]
@@ -654,6 +659,7 @@ def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path):
     assert metrics(tmp_path / "out") == [] and not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, share, save_seconds", [("state.pt", 0.3, 0), ("model.safetensors", 0.5, 10_000)])
 def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     """A process that may write no file of more than a share of the weights' size stands in for a full disk."""
@@ -712,6 +718,7 @@ def test_lean_adamw_is_adamw_but_for_the_rounding(monkeypatch):
     torch.testing.assert_close(weights(ours)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bf16_moments_reach_the_same_loss_and_resume(tmp_path, monkeypatch):
     def trained(out, resume=False, **changes):
         stage = Stage("sft", random_examples(64, 3), random_examples(16, 4))
