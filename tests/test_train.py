@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import formats
-import resume
 import toy
 import train
 from common import UserError, read_options, write_jsonl
@@ -386,80 +385,6 @@ def test_sft_takes_the_best_answer(world):
         assert sums[row["completion"]] == max(sums.values()) > min(sums.values())
 
 
-# ----------------------------------------------------------------------------- with a reference
-
-
-def all_pairs(reward):
-    """Every two one-token responses to one prompt, labelled sigmoid(r_i - r_j); the tokens are 2, 3, ..."""
-    chances = torch.sigmoid(reward[:, None] - reward).tolist()
-    return [pair_example([2 + i], [2 + j], chances[i][j]) for i in range(len(reward)) for j in range(i)]
-
-
-def dpo_run(llama, out, resume=False, **changes):
-    options = Options(**{**vars(FAST), "lr": 1e-2, "batch": 10, "epochs": 60.0, "beta": 0.5, **changes})
-    examples = all_pairs(torch.tensor([0.8, -0.6, 0.1, -1.2, 0.9]))
-    stage = Stage("dpo", examples, examples[:3], method=METHODS["dpo"])
-    return train.train(llama, toy.train_tokenizer(["a b"], 300), [stage], out, options, resume, progress=False)
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_dpo_finds_the_optimum_of_reward_less_divergence(tmp_path, rank):
-    """Over all that can be said: pi(y) ~ ref(y) exp(r(y) / beta), among the five responses that are compared."""
-    checkpoint.save(tiny(8, num_hidden_layers=1), tmp_path / "base")
-    options = Options(lora_rank=rank)
-    llama = train.start_from(tmp_path / "base", "dpo", torch.device("cpu"), options)
-
-    def said():
-        with torch.no_grad():
-            return logits(llama, torch.tensor([[7, 7, 7]]))[0, -1, 2:7].softmax(-1)
-    before = said()
-    rows = dpo_run(llama, tmp_path / "out", lora_rank=rank)
-    optimum = (before.log() + torch.tensor([0.8, -0.6, 0.1, -1.2, 0.9]) / 0.5).softmax(-1)
-    assert rows[0] == {"stage": "dpo", "step": 0, "val_loss": pytest.approx(math.log(2), abs=1e-6)}
-    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy begins as the reference"
-    assert (before - optimum).abs().sum() / 2 > 0.3 and (said() - optimum).abs().sum() / 2 < 0.01
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_resumed_run_keeps_its_first_reference(tmp_path, monkeypatch, rank):
-    """The reference is what the run began from, not what it had become when it was killed."""
-    checkpoint.save(tiny(8), tmp_path / "base")
-
-    def begin():
-        return train.start_from(tmp_path / "base", "dpo", torch.device("cpu"), Options(lora_rank=rank))
-    whole = dpo_run(begin(), tmp_path / "whole", lora_rank=rank, save_seconds=0, epochs=9.0)
-    write, rows = resume.Run.write, []
-
-    def stop_half_way(run, row):
-        write(run, row)
-        rows.append(row)
-        if len(rows) == 7:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(resume.Run, "write", stop_half_way)
-        dpo_run(begin(), tmp_path / "killed", lora_rank=rank, save_seconds=0, epochs=9.0)
-    resumed = dpo_run(begin(), tmp_path / "killed", True, lora_rank=rank, save_seconds=0, epochs=9.0)
-    assert timeless(resumed) == timeless(whole)
-
-
-def test_dpo_from_the_command_line(world, tmp_path, monkeypatch, capsys):
-    """Pairs in TRL's form; and the best of rated answers, of which one objective must be chosen."""
-    rows = list(formats.read_rated(world / "rated.jsonl"))
-    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": row["prompt"], "chosen": row["responses"][0]["text"],
-                                            "rejected": row["responses"][1]["text"]} for row in rows])
-    words = ["dpo", "--model", world / "base", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out",
-             "--batch", 4, "--lr", 1e-3, "--precision", "fp32", "--device", "cpu", "--beta", 0.2, "--val-share", 0.5]
-    assert run(train, monkeypatch, words) == 0
-    rows = metrics(tmp_path / "out")
-    said = [row["loss"] for row in rows if "loss" in row]
-    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-5) == said[0] and min(said) < 0.6
-    words[words.index("--data") + 1] = world / "rated.jsonl"
-    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on avoid_", "--principle")
-    helpful = train.preference_rows([world / "rated.jsonl"], Options(principle="helpful"))
-    assert len(helpful) == 12 * 3 and {row["principle"] for row in helpful} == {"helpful"}
-    assert run(train, monkeypatch, [*words, "--principle", "helpful"]) == 0
-
-
 # ----------------------------------------------------------------------------- killed and resumed
 
 KILLED = """
@@ -674,73 +599,3 @@ def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     assert re.search("disk full|space", message)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == \
         ["metrics.jsonl"] + ["tokenizer.json"] * (file == "model.safetensors")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Moments in bf16
-
-
-def test_random_rounding_goes_to_the_two_neighbours_and_keeps_the_mean():
-    x = torch.tensor([1.0, 1.001, -3.1415, 1e-20, 0.0]).repeat(20_000, 1)
-    rounded = train.rounded_at_random(x.contiguous(), torch.Generator().manual_seed(0))
-    assert rounded.dtype == torch.bfloat16 and (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
-    for column, value in zip(rounded.float().T, x[0].tolist()):
-        assert len(column.unique()) <= 2
-        assert column.double().mean().item() == pytest.approx(value, rel=1e-4)
-    assert abs(x[0, 1].bfloat16().item() - 1.001) > 9e-4  # which to the nearest would be lost
-
-
-def test_lean_adamw_is_adamw_but_for_the_rounding(monkeypatch):
-    """With moments kept whole, the same weights as PyTorch's; with bf16 moments, 4 bytes of state for each weight."""
-    def weights(optimizer_of, steps=20):
-        layer = torch.nn.Linear(8, 4)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
-        optimizer, generator = optimizer_of(layer), torch.Generator().manual_seed(1)
-        for _ in range(steps):
-            layer(torch.randn(5, 8, generator=generator)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return layer.weight.detach().clone(), optimizer
-
-    def theirs(layer):
-        return train.make_optimizer(layer, Options(lr=1e-2, weight_decay=0.1))
-
-    def ours(layer):
-        return train.make_optimizer(layer, Options(lr=1e-2, weight_decay=0.1, bf16_moments=True))
-    expected, _ = weights(theirs)
-    lean, optimizer = weights(ours)
-    torch.testing.assert_close(lean, expected, rtol=0.02, atol=0.005)
-    state = next(iter(optimizer.state.values()))
-    assert sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor)) == 4 * 32
-    monkeypatch.setattr(train, "rounded_at_random", lambda x, generator: x)
-    torch.testing.assert_close(weights(ours)[0], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_bf16_moments_reach_the_same_loss_and_resume(tmp_path, monkeypatch):
-    def trained(out, resume=False, **changes):
-        stage = Stage("sft", random_examples(64, 3), random_examples(16, 4))
-        options = Options(**{**vars(FAST), "epochs": 8, "save_seconds": 0, **changes})
-        tokenizer = toy.train_tokenizer(["a b"], 300)
-        return train.train(tiny(), tokenizer, [stage], tmp_path / out, options, resume, progress=False)
-    whole = trained("lean", bf16_moments=True)
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, trained("fp32"))]
-    start, reached = losses[0][0], [sum(column[-16:]) / 16 for column in losses]
-    assert start - reached[1] > 0.5 and abs(reached[0] - reached[1]) < 0.02 * (start - reached[1])
-    save, saved = resume.Run.save, []
-
-    def stop_after_five(run, **parts):
-        save(run, **parts)
-        saved.append(1)
-        if len(saved) == 5:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(resume.Run, "save", stop_after_five)
-    with pytest.raises(KeyboardInterrupt):
-        trained("killed", bf16_moments=True)
-    monkeypatch.setattr(resume.Run, "save", save)
-
-    def timeless(rows):
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    assert timeless(trained("killed", True, bf16_moments=True)) == timeless(whole)
