@@ -209,9 +209,6 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, world):
             torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-4, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------- the data of the steps
-
-
 def test_identity_rows_ask_for_the_answer_itself(world):
     rows = train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=1.0))
     assert len(rows) > 20 and all(row["relation"] == "equal" for row in rows)
