@@ -118,7 +118,7 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
                                                 template=template)
             ids = aligner.encode(text, new_tokens, context)
             if ids is None:
-                edited.append({**item, "aligned": answer, "left_as_is": True})
+                edited.append({**item, "aligned": answer, "left_as_is": item.get("left_as_is", "aligned" not in item)})
             else:
                 prompts.append(ids)
                 fitting.append(item)

@@ -25,6 +25,8 @@ def load(folder, dtype=torch.float32, device="cpu", scorer=False):
     made of a language model, its head gives zero until it is trained."""
     if not is_adapter(folder):
         return load_weights(folder, dtype, device, scorer)
+    if adapts_scorer(folder) and not scorer:
+        raise UserError(f"{folder}: adapts a preference model, which writes no words; give a language model")
     return merge_lora(load_adapters(load_weights(base_of(folder), dtype, device, scorer), [folder]))
 
 
@@ -204,14 +206,20 @@ def save_weights(llama, folder):
         config.update(architectures=["LlamaForSequenceClassification"], pad_token_id=llama.config.bos_token_id,
                       id2label={str(i): f"LABEL_{i}" for i in range(labels)},
                       label2id={f"LABEL_{i}": i for i in range(labels)})
-
-    def write_weights(path):
-        try:
-            save_file(weights, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, too
-            raise UserError(f"{folder}: cannot write the weights ({error}); is the disk full?") from error
-    write_whole(folder / "model.safetensors", write_weights)
+    write_tensors(folder / "model.safetensors", weights)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for name in (*ADAPTER, CONTEXT):  # which would be loaded instead
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_tensors(path, weights):
+    """Write {name: tensor} as safetensors, whole or not at all."""
+    def write(aside):
+        try:
+            save_file(weights, aside, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise UserError(f"{path.parent}: cannot write the weights ({error}); is the disk full?") from error
+    write_whole(path, write)
 
 
 def load_tokenizer(folder, llama=None):
@@ -233,6 +241,14 @@ def load_tokenizer(folder, llama=None):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Adapters in PEFT's format
+
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+CONTEXT = "context.json"  # beside an adapter, {"max_position_embeddings"}: it may be longer than its base's
+
+
+def adapts_scorer(folder):
+    return adapter_config(folder)[0].get("task_type") == "SEQ_CLS"
 
 
 def is_adapter(folder):
@@ -287,9 +303,6 @@ def read_adapter(folder):
     return Adapter(folder, {name: (pair["A"], pair["B"]) for name, pair in layers.items()}, scale, head)
 
 
-CONTEXT = "context.json"  # beside an adapter, {"max_position_embeddings"}: it may be longer than its base's
-
-
 def load_adapters(llama, folders):
     """Put the adapters of folders side by side on one Llama; its context becomes the longest of theirs."""
     for path in (Path(folder) / CONTEXT for folder in folders):
@@ -316,14 +329,11 @@ def save_adapter(llama, folder):
               "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}), "lora_dropout": 0.0,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "modules_to_save": ["score"] if scorer else None}
-    write_whole(folder / "adapter_model.safetensors",
-                lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", weights)
     write_text(folder / CONTEXT, json.dumps({"max_position_embeddings": llama.config.max_position_embeddings}) + "\n")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def merge(folder):
     """Turn the adapter in a folder into a whole model there."""
-    save(load(folder), folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors", CONTEXT):
-        (Path(folder) / name).unlink()
+    save(load(folder, scorer=adapts_scorer(folder)), folder)

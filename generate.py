@@ -26,7 +26,7 @@ def generate(llama, prompts, max_new_tokens, **options):
 
 @torch.inference_mode()
 def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), seed=0, draft=0, acceptance=None,
-           **filters):
+           keep_stop=False, **filters):
     """Continue each prompt, `rows` of them at a time, the next one taking the place of one that has finished; yields
     (number of the prompt, its new token ids without the stop token) as they finish.
 
@@ -34,7 +34,7 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
     what a prompt's continuation is depends on its own seed and not on its neighbours. draft: up to so many tokens per
     step and row are looked up in the text before; this changes how long it takes, not what is written. acceptance: what
     is known of a model's copying (see Acceptance), and grows. filters: top_k, ... of filtered_probs, where there is a
-    temperature.
+    temperature. keep_stop: what is yielded ends with the stop token, where there was one.
     """
     if min(map(len, prompts), default=1) == 0:
         raise UserError("generate: a prompt has no tokens; give it at least the BOS token")
@@ -65,7 +65,7 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
             cache.lengths[row] -= text.take(verified, stop_ids, acceptance)          # forget the wrong guesses
         for row in reversed(range(len(live))):  # from the end, so that a freed place is filled by a settled row
             if live[row].finished:
-                yield live[row].number, live[row].new
+                yield live[row].number, live[row].new + (live[row].stop if keep_stop else [])
                 cache.move(len(live) - 1, row)
                 live[row] = live[-1]
                 live.pop()
@@ -223,7 +223,7 @@ class Text:
 
     def __init__(self, number, prompt, most):
         self.number, self.most, self.lookup = number, most, Lookup(prompt)
-        self.new, self.guess, self.finished = [], [], False
+        self.new, self.guess, self.stop, self.finished = [], [], [], False
 
     def chances(self, chances):
         """The uniform numbers by which the next tokens are drawn."""
@@ -238,7 +238,7 @@ class Text:
         right, before = 0, len(self.new)
         for token in verified:
             if token in stop_ids:
-                self.finished = True
+                self.stop, self.finished = [token], True
                 break
             self.new.append(token)
             if right == len(self.guess) or self.guess[right] != token or len(self.new) == self.most:

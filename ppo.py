@@ -296,13 +296,12 @@ def sample_rollouts(policy, tokenizer, prompts, iteration, options):
     seeds = [seed_from(options.seed, iteration, i) for i in range(len(prompts))]
     with train.autocast(policy.device, options):
         written = generate(policy, [ids for _, ids in prompts], options.max_new_tokens, temperature=1.0, stop_ids=stop,
-                           seed=seeds)
+                           seed=seeds, keep_stop=True)
     rollouts = []
-    for (prompt, ids), new in zip(prompts, written):
-        finished = len(new) < options.max_new_tokens
-        actions = [*new, stop[0]] if finished else new
-        document = data.Document(array("i", [*ids, *actions]), len(ids))
-        rollouts.append(Rollout(prompt, tokenizer.decode(new).strip(), document, finished))
+    for (prompt, ids), actions in zip(prompts, written):
+        finished = bool(actions) and actions[-1] in stop
+        response = tokenizer.decode(actions[:-1] if finished else actions).strip()
+        rollouts.append(Rollout(prompt, response, data.Document(array("i", [*ids, *actions]), len(ids)), finished))
     return sorted(rollouts, key=lambda rollout: len(rollout.document.ids))
 
 
@@ -324,8 +323,9 @@ def normalisation(reference, tokenizer, encoded, rewards, options):
     if not scores:
         return [0.0] * len(rewards.names), [1.0] * len(rewards.names)
     scores = torch.cat(scores, 1)
-    std = scores.std(1, correction=0)
-    return scores.mean(1).tolist(), torch.where(std > 0, std, 1).tolist()
+    mean, std = scores.mean(1), scores.std(1, correction=0)
+    alike = std <= 1e-6 * mean.abs().clamp(min=1)  # but for rounding
+    return mean.tolist(), torch.where(alike, 1, std).tolist()
 
 
 def pack_rollouts(rollouts, options, device):

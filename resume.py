@@ -30,14 +30,17 @@ class Run:
         self.out, self.settings = Path(out), settings
         self.out.mkdir(parents=True, exist_ok=True)
         self.path, self.state = self.out / "state.pt", None
-        written = any((self.out / name).exists() for name in FINISHED) and (self.out / "metrics.jsonl").exists()
-        self.finished = resume and written and not self.path.exists()
+        model = any((self.out / name).exists() for name in FINISHED)
+        metrics = (self.out / "metrics.jsonl").exists()
+        self.finished = resume and model and metrics and not self.path.exists()
         if self.finished:
             return
         if resume and self.path.exists():
             self.state = self.read()
+        elif model and not metrics:  # which a later --resume would take for what this run has made
+            raise UserError(f"{self.out}: holds a model but no metrics.jsonl, so no run made it; choose another --out")
         else:
-            self.forget(written)
+            self.forget()
         self.metrics = open(self.out / "metrics.jsonl", "ab")
         self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)  # cut back to what the state knows of
 
@@ -57,10 +60,9 @@ class Run:
             raise UserError(f"{metrics}: is shorter than {self.path.name} says; leave --resume out to start again")
         return state
 
-    def forget(self, written):
+    def forget(self):
         """Remove what an earlier run into the same folder would make a later --resume believe."""
-        self.path.unlink(missing_ok=True)
-        for name in FINISHED if written else ():
+        for name in (self.path.name, *FINISHED):
             (self.out / name).unlink(missing_ok=True)
 
     def write(self, row):

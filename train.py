@@ -311,7 +311,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
         optimizer = make_optimizer(llama, options)
         first, tokens, spent, total = 0, 0, 0.0, steps_in(stage, options)
         if state and place == state["stage"] and state["step"]:
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(state.pop("optimizer"))
             first, tokens, spent = state["step"], state["tokens"], state["seconds"]
         began = saved = time.perf_counter()
         with tqdm(total=total, initial=first, desc=f"{run.out.name}: {stage.name}", unit="step",
@@ -326,8 +326,9 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
                 now = time.perf_counter()
                 row = {"stage": stage.name, "step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm,
                        "tokens": tokens, "seconds": round(spent + now - began, 3)}
-                if not math.isfinite(loss):
-                    raise UserError(f"{out}: the loss of step {step + 1} is {loss}; lower --lr or check --data")
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise UserError(f"{out}: the loss of step {step + 1} is {loss}, its gradient's norm {norm}; lower "
+                                    "--lr or check --data")
                 run.write(row)
                 speed = f"{tokens / max(row['seconds'], 1e-3):,.0f} tok/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed}, {memory(llama.device)}")
@@ -483,13 +484,16 @@ def start_from(folder, name, device, options):
     pretrain, one from scratch where the folder has a configuration alone."""
     weights = list(Path(folder).glob("*.safetensors")) + list(Path(folder).glob("*.bin"))
     if name == "pretrain" and not weights and (Path(folder) / "config.json").exists():
+        if options.lora_rank:
+            raise UserError(f"{folder}: holds no weights to adapt; leave --lora-rank out to train all from scratch")
         return Llama(checkpoint.read_config(Path(folder) / "config.json"), options.seed).to(device)
     scorer = name in METHODS and METHODS[name].scorer
     if not options.lora_rank:
         return checkpoint.load(folder, device=device, scorer=scorer)
     if checkpoint.is_adapter(folder):
         raise UserError(f"{folder}: is an adapter itself; merge it into its base first (--merge when it is trained)")
-    frozen = torch.bfloat16 if device.type == "cuda" and computes_bf16(device) else torch.float32
+    half = device.type == "cuda" and computes_bf16(device) and options.precision != "fp32"
+    frozen = torch.bfloat16 if half else torch.float32
     return add_lora(checkpoint.load(folder, frozen, device, scorer), options.lora_rank, folder, seed=options.seed)
 
 

@@ -350,3 +350,12 @@ def test_new_tokens_attend_as_in_the_whole_text(counts):
             torch.testing.assert_close(rows, whole, rtol=1e-4, atol=1e-4)
     assert cache.lengths == list(map(len, texts))
     assert len(cache.grids) == (2 if counts in ([1, 1, 1, 7], [1, 4, 1, 1]) else 1)
+
+
+def test_the_stop_token_is_told_where_it_is_asked_for():
+    llama = tiny(seed=3)
+    plain, told = (generate(llama, PROMPTS, 20, stop_ids=(5, 11, 30), keep_stop=keep) for keep in (False, True))
+    assert [text[:len(short)] for text, short in zip(told, plain)] == plain
+    ends = [text[len(short):] for text, short in zip(told, plain)]
+    assert all(end in ([5], [11], [30]) if len(short) < 20 else end == [] for end, short in zip(ends, plain))
+    assert len(set(map(tuple, ends))) > 2

@@ -323,3 +323,33 @@ def test_a_scalar_head_is_trained_in_fp32_beside_frozen_bf16_weights(words):
     names = {name: weight.dtype for name, weight in train.trained(llama).items()}
     assert set(names.values()) == {torch.float32} and "score.weight" in names
     assert llama.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_a_preference_models_adapter_is_merged_with_its_head_and_taken_for_no_language_model(base):
+    folder = adapter(base, 4)
+    with torch.no_grad():
+        expected = document_scores(checkpoint.load(folder, scorer=True), tokens(), LENGTHS)
+    with pytest.raises(UserError, match="adapts a preference model, which writes no words"):
+        checkpoint.load(folder)
+    checkpoint.merge(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    with torch.no_grad():
+        torch.testing.assert_close(document_scores(checkpoint.load(folder, scorer=True), tokens(), LENGTHS), expected)
+
+
+def test_a_whole_model_saved_over_an_adapter_is_the_one_that_is_loaded(base):
+    folder = adapter(base, 4, scorer=False)
+    other = Llama(Config(**SIZES), 9)
+    checkpoint.save(other, folder)
+    assert torch.equal(logits(checkpoint.load(folder), tokens()[None]), logits(other, tokens()[None]))
+
+
+def test_a_full_disk_is_one_line_for_an_adapter_too(base, tmp_path, monkeypatch):
+    llama = lora.add_lora(checkpoint.load(base), 2, base)
+
+    def full(*_, **__):
+        raise checkpoint.SafetensorError("No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="cannot write the weights .*is the disk full?"):
+        checkpoint.save(llama, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

@@ -1,10 +1,13 @@
 """AdamW with its moments in bf16: against PyTorch's, and through the training loop."""
+import math
+
 import pytest
 import torch
 
 import resume
 import toy
 import train
+from common import UserError
 from test_train import FAST, random_examples, timeless, tiny
 from train import Options, Stage
 
@@ -70,3 +73,12 @@ def test_bf16_moments_reach_the_same_loss_and_resume(tmp_path, monkeypatch):
         trained("killed", bf16_moments=True)
     monkeypatch.setattr(resume.Run, "save", save)
     assert timeless(trained("killed", True, bf16_moments=True)) == timeless(whole)
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(tmp_path, monkeypatch):
+    """Not even in the last step, whose loss is still one."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(UserError, match="its gradient's norm inf"):
+        stage = Stage("pretrain", random_examples(4))
+        train.train(tiny(), toy.train_tokenizer(["a b"], 300), [stage], tmp_path / "out", FAST, progress=False)
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -193,6 +193,19 @@ def test_minibatches_line_up_with_what_was_evaluated():
     assert learned["value_loss"] == pytest.approx(2, abs=1e-4)
 
 
+def test_a_rollout_ends_with_the_stop_token_that_was_drawn():
+    """Of several, as Llama 3's instruct models have them: it is an action like the others, with its own probability."""
+    policy, options = tiny(12, seed=1, eos_token_id=[1, 5]), ppo.Options(max_new_tokens=9, precision="fp32")
+    rollouts = rollouts_of(policy, 25, options)
+    for rollout in rollouts:
+        ids, start = list(rollout.document.ids), rollout.document.start
+        seed = ppo.seed_from(options.seed, 0, int(rollout.prompt.split()[1]))
+        drawn, = model.generate(policy, [ids[:start]], 9, temperature=1.0, seed=[seed])
+        assert ids[start:] == drawn[:len(ids) - start] and rollout.finished == (ids[-1] in (1, 5))
+        assert not {1, 5} & set(ids[start:-1])
+    assert {rollout.document.ids[-1] for rollout in rollouts if rollout.finished} == {1, 5}
+
+
 def test_texts_do_not_depend_on_batch_mates():
     policy, options = tiny(12, seed=1), ppo.Options(max_new_tokens=9, precision="fp32")
     together = {rollout.prompt: rollout.response for rollout in rollouts_of(policy, 9, options)}

@@ -106,10 +106,11 @@ def test_without_resume_everything_begins_again(stopped):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_model_that_no_run_wrote_is_neither_finished_nor_removed(tmp_path, again):
-    """Its folder may be the --out, too: it has no metrics."""
+    """It has no metrics. Were a run begun beside it and killed, --resume would take it for that run's model."""
     model_in(tmp_path)
-    assert not Run(tmp_path, SETTINGS, resume=again).finished
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
+    with pytest.raises(UserError, match="holds a model but no metrics.jsonl, so no run made it; choose another --out"):
+        Run(tmp_path, SETTINGS, resume=again)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("changes, named", [
