@@ -55,7 +55,7 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
             live += [Text(number, prompts[number], max_new_tokens) for number in joining]
         logits = torch.cat(logits)                                                   # (N, V)
         if temperature == 0:
-            chosen = logits.max(-1).indices  # argmax is 5 x slower on a CPU in bf16
+            chosen = logits.max(-1).indices  # argmax is slower on a CPU in bf16
         else:
             chance = torch.stack([chance for text in live for chance in text.chances(chances)]).to(logits.device)
             chosen = sample(logits, chance, temperature, **filters)

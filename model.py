@@ -172,7 +172,7 @@ class Llama(nn.Module):
         """A model from scratch, its weights drawn from `seed`."""
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, a third slower
+        self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, slower
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -407,7 +407,7 @@ def device_named(name):
 
 
 def computes_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware; a CPU that does not takes 2 to 4 x longer in bf16."""
+    """Whether the device multiplies bf16 matrices in hardware; a CPU that does not is slower in bf16 than in fp32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
