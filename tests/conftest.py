@@ -51,7 +51,7 @@ def refused(module, monkeypatch, capsys, words, *expected):
     capsys.readouterr()
     assert run(module, monkeypatch, words) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(("error: ", f"{module.__name__}.py: error: ")), message
+    assert re.match(rf"({module.__name__}\.py( \w+)?: )?error: ", message), message  # with the subcommand, if any
     assert all(text in message for text in expected), message
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,22 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_pat
         texts[name] = [row["aligned"] for row in read(tmp_path / name)]
     assert texts["a"] == texts["b"] == texts["c"] != texts["d"]
     assert texts["a"] != [row["aligned"] for row in read(aligned)]
+
+
+def test_an_edit_that_does_not_fit_again_was_edited_all_the_same():
+    """Round 1 makes of "short" what is too long for round 2; "long" never fits, and is left as it is."""
+    class Aligner:
+        llama = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+
+        def encode(self, text, new_tokens, context):
+            return [1] if "short" in text else None
+
+        def write(self, prompts, *_, **__):
+            return [(number, "an edit, grown") for number in range(len(prompts))]
+    items = [{"index": i, "prompt": "q", "original": text} for i, text in enumerate(("short", "long"))]
+    rows = {row["original"]: row for row in align.align(Aligner(), items, [], rounds=2)}
+    assert rows["short"]["aligned"] == "an edit, grown" and not rows["short"]["left_as_is"]
+    assert rows["long"]["aligned"] == "long" and rows["long"]["left_as_is"]
 
 
 def test_top_k_and_top_p_reach_the_sampling(world, aligned, tmp_path, monkeypatch):

@@ -30,14 +30,7 @@ from endpoint import Endpoint
 ROOT = Path(__file__).parents[1]
 BRIEF = Objective("Brevity", "The response should be short")
 PAIR = {"prompt": "\n\nHuman: Why?\n\nAssistant:", "response_a": "Because.", "response_b": "Because {it} is so."}
-run = partial(conftest.run, feedback)
-
-
-def refused(monkeypatch, capsys, words, *expected):
-    capsys.readouterr()
-    assert run(monkeypatch, words) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"(feedback.py( \w+)?: )?error: ", message) and all(text in message for text in expected), message
+run, refused = partial(conftest.run, feedback), partial(conftest.refused, feedback)
 
 
 def read(path):

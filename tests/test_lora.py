@@ -353,3 +353,10 @@ def test_a_full_disk_is_one_line_for_an_adapter_too(base, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="cannot write the weights .*is the disk full?"):
         checkpoint.save(llama, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_there_is_nothing_to_adapt_in_a_model_from_scratch(words):
+    (words / "model.safetensors").unlink()
+    assert train.start_from(words, "pretrain", torch.device("cpu"), Options()).config.vocab_size == 300
+    with pytest.raises(UserError, match="holds no weights to adapt; leave --lora-rank out"):
+        train.start_from(words, "pretrain", torch.device("cpu"), Options(lora_rank=2))

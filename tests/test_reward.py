@@ -22,14 +22,7 @@ import toy
 from common import UserError, write_jsonl
 from formats import preference
 
-run = partial(conftest.run, reward)
-
-
-def refused(monkeypatch, capsys, words, *expected):
-    capsys.readouterr()
-    assert run(monkeypatch, words) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"(reward.py( \w+)?: )?error: ", message) and all(text in message for text in expected), message
+run, refused = partial(conftest.run, reward), partial(conftest.refused, reward)
 
 
 def read(path):
