@@ -212,7 +212,7 @@ def test_a_reward_that_scores_all_alike_is_divided_by_1():
         names = ["tenth", "seventh", "length"]
 
         def score(self, prompts, responses):
-            return torch.tensor([[0.1, 0.7, float(len(response))] for response in responses]).T
+            return torch.tensor([[0.1] * len(responses), [0.7] * len(responses), [len(text) for text in responses]])
     options = ppo.Options(**{**FAST, "reference_count": 256, "rollouts": 64})
     prompts = [(f"prompt {i}", [0, 2 + i % 5]) for i in range(9)]
     mean, std = ppo.normalisation(tiny(12, seed=1), word_tokenizer(12), prompts, Alike(), options)
