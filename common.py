@@ -8,6 +8,7 @@ resumed run may change it. The command line (`add_options`), the check of ranges
 (`lasting`) are all made of it.
 """
 import argparse
+import ast
 import ctypes
 import dataclasses
 import errno
@@ -15,9 +16,15 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -36,7 +43,8 @@ def cli(main):
             stream.reconfigure(errors="replace")  # half a surrogate, of a path say, prints as a question mark
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # None, where the command was started with it closed
+            sys.stdout.flush()
     except UserError as error:
         stop(str(error))
     except BrokenPipeError:
@@ -45,13 +53,38 @@ def cli(main):
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         stop(f"{error.filename}: {error.strerror}; {hint}" if error.filename else f"{error}; {hint}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        stop("out of memory; lower --micro-tokens or --batch, or free some memory")
     except KeyboardInterrupt:
         stop("interrupted", status=130)
 
 
 def stop(message, status=2):
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("error: " + in_short(" ".join(message.splitlines())), file=sys.stderr)
     sys.exit(status)
+
+
+def note(text):
+    """Tell something that is no error, beside the output: what was left out, or taken in one of two ways."""
+    print("note: " + in_short(" ".join(text.splitlines())), file=sys.stderr)
+
+
+def in_short(text, limit=500):
+    """A message of any length as one that can be read: a wrong value may be megabytes long. What to do stands last."""
+    return text if len(text) <= limit else f"{text[:limit - 205]} ... {text[-200:]}"
+
+
+def quiet_interrupt(kind, error, traceback):
+    """Ctrl-C before `cli` has begun, while PyTorch is imported, say."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = quiet_interrupt
 
 
 def keep_memory():
@@ -189,11 +222,37 @@ def write_jsonl(path, rows):
 
 
 def check_out(out, inputs):
-    """UserError now, rather than after hours, for an output file that could not be put in place."""
+    """UserError now, rather than after hours, for an output file that could not be put in place, or is an input."""
     if Path(out).exists() and not Path(out).is_file():
         raise UserError(f"{out}: is no ordinary file; choose another --out")
-    if Path(out).resolve() in [Path(path).resolve() for path in inputs]:
-        raise UserError(f"{out}: is an input too; choose another --out")
+    for path in (Path(path) for path in inputs if path):
+        if path.exists() and any(made.exists() and made.samefile(path) for made in (Path(out), Path(f"{out}.part"))):
+            raise UserError(f"{out}: is an input too ({path}); choose another --out")
+
+
+def locked(path):
+    """The file at path, opened to read and append bytes, and locked until it is closed or the process ends. UserError
+    while another process has it so."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "ab+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{path}: another process is writing it; wait until it has ended, or choose another "
+                            "--out") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()  # the other process has just finished with it, and removed it
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What decides a result: seeds, and checksums of content, files and code
 
 
 def seed_from(*parts):
@@ -204,3 +263,31 @@ def seed_from(*parts):
 def digest(*content):
     """A checksum (text) of values that JSON can hold: equal for equal content, in any process and version."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path):
+    """A checksum (text) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_of(script, folder=Path(__file__).parent):
+    """{name: checksum} of a script of this folder and of all those that it imports, directly or not. Comments,
+    docstrings and layout make no difference."""
+    found, waiting = {}, [script]
+    while waiting:
+        path = folder / f"{waiting.pop()}.py"
+        if path.stem in found or not path.exists():
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                waiting.append(node.module)
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value,
+                                                                                                 ast.Constant):
+                del body[0]
+        found[path.stem] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return found
