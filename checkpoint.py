@@ -6,6 +6,7 @@ mathematics that model.py does not compute is refused by name.
 import dataclasses
 import json
 import math
+import zlib
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from common import UserError, first_line, write_text, write_whole
+from common import UserError, digest, file_digest, first_line, write_text, write_whole
 from lora import Adapter, LoraLinear, merge_lora, projections, put_side_by_side
 from model import Config, Llama, rope_type
 
@@ -237,6 +238,27 @@ def load_tokenizer(folder, llama=None):
             raise UserError(f"{path}: has token id {highest}, but the embedding of {folder} ends at "
                             f"{llama.config.vocab_size - 1}; use the tokenizer that belongs to the weights")
     return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What a model is, in a few letters: where these are equal, so is what the models compute
+
+
+def fingerprint(folder):
+    """A checksum (text) of the files in a model's folder that decide what it computes, wherever the folder is: weights,
+    configuration, tokenizer and a preference model's normalisation; of an adapter, those of its base too."""
+    folder = Path(folder)
+    whole, adapter = (base_of(folder), (*ADAPTER, CONTEXT)) if is_adapter(folder) else (folder, ())
+    files = [whole / "config.json", *checkpoint_files(whole), *(folder / name for name in adapter),
+             *(place / name for place in (whole, folder) for name in ("tokenizer.json", "principle.json"))]
+    return digest([(path.name, file_digest(path) if path.exists() else None) for path in files])
+
+
+def weights_digest(llama):
+    """A checksum (text) of a model's parameters in memory, on any device: their names, shapes and bytes."""
+    def checksum(parameter):
+        return zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest([(name, list(parameter.shape), checksum(parameter)) for name, parameter in llama.named_parameters()])
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import ast
 import ctypes
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -271,6 +272,7 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def code_of(script, folder=Path(__file__).parent):
     """{name: checksum} of a script of this folder and of all those that it imports, directly or not. Comments,
     docstrings and layout make no difference."""

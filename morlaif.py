@@ -23,11 +23,12 @@ import reward
 import toy
 import train
 from align import Writer
-from common import announce, cli, make_parser, write_jsonl
+from common import announce, cli, code_of, make_parser, write_jsonl
 from eval import mean_and_interval
 from feedback import PRINCIPLES, embedded_labels
 from model import Config, Llama, device_named
 from report import bar_chart, html_table, write_page
+from resume import kept, whole_run
 
 POLICY = dict(hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
               tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
@@ -60,7 +61,7 @@ def train_bases(out, seed, device):
         llama = Llama(Config(vocab_size=vocabulary, **sizes), seed).to(device)
         options = replace(SFT, seed=seed)
         stage = train.prepare("sft", rows, tokenizer, llama.config, options)
-        train.train(llama, tokenizer, [stage], out / name, options, resume=True)
+        train.train(llama, tokenizer, [stage], out / name, options, resume=True, overwrite=True)
 
 
 def answers_of(folder, prompts, seed, device):
@@ -74,14 +75,14 @@ def answers_of(folder, prompts, seed, device):
 
 def make_pairs(out, counts, seed, device):
     """{"train", "fit", "test": pairs of the policy's answers}; the same from a file when a run goes on."""
-    path = out / "pairs.jsonl"
-    if not path.exists():
+    def make():
         rng = random.Random(f"pairs {seed}")
         prompts = [toy.question(rng)[0] for _ in range(sum(counts.values()))]
         first, second = (answers_of(out / "policy", prompts, seed * 2 + i, device) for i in range(2))
-        write_jsonl(path, [{"prompt": prompt, "response_a": a, "response_b": b}
-                           for prompt, a, b in zip(prompts, first, second)])
-    rows = iter([row for _, row in formats.records(path)])
+        write_jsonl(out / "pairs.jsonl", [{"prompt": prompt, "response_a": a, "response_b": b}
+                                          for prompt, a, b in zip(prompts, first, second)])
+    kept(out, "pairs.jsonl", [counts, seed, checkpoint.fingerprint(out / "policy"), code_of("morlaif")], make)
+    rows = iter([row for _, row in formats.records(out / "pairs.jsonl")])
     return {name: list(itertools.islice(rows, count)) for name, count in counts.items()}
 
 
@@ -100,9 +101,12 @@ def learn_preferences(out, pairs, seed, device):
     names = [*PRINCIPLES, "overall"]
     labels = list(embedded_labels(pairs["train"], names, seed, **ANNOTATOR))
     write_jsonl(out / "labels.jsonl", labels)
-    return {size: reward.train_principles(out / base, labels, out / f"pms-{base}",
-                                          replace(PREFERENCE, seed=seed, lr=PREFERENCE_LR[base]), device)
-            for size, base in (("same size", "policy"), ("small", "small"))}
+    folders = {}
+    for size, base in (("same size", "policy"), ("small", "small")):
+        options = replace(PREFERENCE, seed=seed, lr=PREFERENCE_LR[base])
+        made = reward.train_principles(out / base, labels, out / f"pms-{base}", options, device, overwrite=True)
+        folders[size] = made
+    return folders
 
 
 def normalised_like(scores, like):
@@ -186,7 +190,7 @@ def train_policies(out, models, weights, scalarizations, iterations, seed, devic
         policy = checkpoint.load(out / "policy", device=device)
         tokenizer = checkpoint.load_tokenizer(out / "policy", policy)
         rows = ppo.improve(policy, tokenizer, prompts, reward.Scorers(folders, device), weight, scalarization, folder,
-                           options, resume=True)
+                           options, resume=True, overwrite=True)
         course[name] = {"folder": str(folder), "kl": [row["kl"] for row in rows]}
     return course
 
@@ -224,12 +228,17 @@ def scalarized(scores, weights):
 
 
 def run_seed(out, seed, quick, device):
-    """All that one seed gives, as written to OUT/results.json."""
+    """All that one seed gives, from OUT/results.json; made first, unless this very code has done so already."""
+    with whole_run(out, {"seed": seed, "quick": quick}, "morlaif"):
+        kept(out, "results.json", [seed, quick, code_of("morlaif")],
+             lambda: write_jsonl(out / "results.json", [find_out(out, seed, quick, device)]))
+    return formats.read_json(out / "results.json")
+
+
+def find_out(out, seed, quick, device):
+    """All that one seed gives."""
     scalarizations = ["linear", "worst_case"] if quick else [*reward.SCALARIZATIONS]
     counts, iterations = (QUICK_PAIRS, QUICK_ITERATIONS) if quick else (PAIRS, PPO.iterations)
-    path = out / "results.json"
-    if path.exists():
-        return formats.read_json(path)
     announce(f"seed {seed}: a policy learns to answer")
     train_bases(out, seed, device)
     announce(f"seed {seed}: it answers twice, and an annotator compares")
@@ -242,10 +251,8 @@ def run_seed(out, seed, quick, device):
     announce(f"seed {seed}: policies learn from them")
     course = train_policies(out, models, weights, scalarizations, iterations, seed, device)
     announce(f"seed {seed}: exact judges compare")
-    result = {"seed": seed, "test": [row["prompt"] for row in pairs["test"]], "models": judged, "course": course,
-              "policies": judge_policies(out, course, weights, seed, device)}
-    write_jsonl(path, [result])
-    return formats.read_json(path)
+    return {"seed": seed, "test": [row["prompt"] for row in pairs["test"]], "models": judged, "course": course,
+            "policies": judge_policies(out, course, weights, seed, device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------

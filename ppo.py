@@ -20,7 +20,6 @@ a kill.
 import copy
 import math
 import time
-import zlib
 from array import array
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,8 +35,8 @@ import losses
 import reward
 import toy
 import train
-from common import (UserError, add_options, cli, digest, lasting, make_parser, option, read_options, seed_from,
-                    write_text)
+from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, option, read_options,
+                    seed_from, write_text)
 from generate import generate
 from model import Packed, chosen_logprobs, device_named, token_logprobs
 from resume import Run, read_metrics
@@ -80,14 +79,14 @@ class Options:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Rewards: anything with .names [K] and .score(prompts, responses), which gives (K, N) in fp32
+# Rewards: anything with .names [K], .score(prompts, responses), which gives (K, N) in fp32, and a .fingerprint
 
 
 class ExactScorer:
     """The embedded world's own judges, in place of preference models."""
 
     def __init__(self, names):
-        self.names = list(names)
+        self.names, self.fingerprint = list(names), "exact"
         for name in self.names:
             toy.score(name, next(iter(toy.TASK_OF_QUESTION)), "")  # UserError for one that it does not know
 
@@ -111,6 +110,7 @@ class Together:
         apart = [word for word in words if word.startswith("toy:")] + folders
         self.order = [apart.index(word) for word in words]
         self.names = [found[i] for i in self.order]
+        self.fingerprint = [part.fingerprint for part in self.parts]
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
             raise UserError(f"--reward: {', '.join(twice)} given twice; name each reward once")
@@ -156,23 +156,26 @@ class Course:
     seconds: float = 0.0
 
 
-def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, options, resume=False, progress=True):
+def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, options, resume=False, overwrite=False,
+            about=None, progress=True):
     """Train policy, in place, to respond to prompts (texts) so that rewards score it higher; save it in the folder out.
 
-    rewards: has .names [K] and .score(prompts, responses) -> (K, N), of which reward.scalarize makes (N,) with weights
-    [K]. out/metrics.jsonl gets a row per iteration, out/state.pt the state from which a call with resume, and the same
-    policy as at the start, goes on. Gives the rows of metrics."""
+    rewards: has .names [K], .score(prompts, responses) -> (K, N), of which reward.scalarize makes (N,) with weights
+    [K], and .fingerprint, which is another for rewards that score otherwise. out/metrics.jsonl gets a row per
+    iteration, out/state.pt the state to resume from, out/run.json what was asked for, with what `about` adds. resume,
+    overwrite: as of resume.Run. Gives the rows of metrics."""
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
-    run = Run(out, settings_of(policy, prompts, rewards, weights, scalarization, options), resume)
+    run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
+              overwrite, {"options": vars(options), **(about or {})})
     if run.finished:
-        print(f"{out}: finished already")
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)
     optimizer = train.make_optimizer(agent, options)
     if run.state:
-        agent.load_state_dict(run.state.pop("agent"), strict=False)  # with LoRA, it holds the adapters alone
-        optimizer.load_state_dict(run.state.pop("optimizer"))
-        course = Course(**run.state["course"])
+        with run.loading():
+            agent.load_state_dict(run.state.pop("agent"), strict=False)  # with LoRA, it holds the adapters alone
+            optimizer.load_state_dict(run.state.pop("optimizer"))
+            course = Course(**run.state["course"])
     else:
         course = Course(options.kl_coef, *normalisation(reference, tokenizer, encoded, rewards, options))
     began, saved = time.perf_counter() - course.seconds, time.perf_counter()
@@ -218,19 +221,12 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     return run.finish()
 
 
-def settings_of(policy, prompts, rewards, weights, scalarization, options):
-    """All that decides what a run makes."""
-    return {**lasting(options), "prompts": digest(prompts), "rewards": list(rewards.names),
-            "weights": list(map(float, weights)), "scalarization": scalarization, "policy": fingerprint(policy)}
-
-
-def fingerprint(policy):
-    """A checksum of the weights that a run starts from."""
-    checksum = 0
-    for parameter in policy.parameters():
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        checksum = zlib.crc32(content.numpy(), checksum)
-    return checksum
+def settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options):
+    """All that decides what a run makes: {name: value}."""
+    return {**lasting(options), "data": digest(prompts), "rewards": [list(rewards.names), rewards.fingerprint],
+            "weights": list(map(float, weights)), "scalarization": scalarization,
+            "model": digest(checkpoint.weights_digest(policy), vars(policy.config)),
+            "tokenizer": digest(tokenizer.to_str())}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -489,9 +485,13 @@ def arguments(argv=None):
         help="how several rewards become one (default linear)")
     add("--out", required=True, metavar="FOLDER", help="where the policy and the metrics go")
     add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
+    add("--overwrite", action="store_true", help="begin again, whatever run the folder holds")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add_options(parser, Options)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite begins again; give one of them")
+    return args
 
 
 def main():
@@ -507,7 +507,10 @@ def main():
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "
           "rewards: " + ", ".join(f"{weight:g} x {name}" for weight, name in zip(weights, rewards.names)))
-    rows = improve(policy, tokenizer, prompts, rewards, weights, args.scalarization, args.out, options, args.resume)
+    about = {"base": args.model, "reward": args.reward, "device": str(device),
+             "files": {path: file_digest(path) for path in args.data}}
+    rows = improve(policy, tokenizer, prompts, rewards, weights, args.scalarization, args.out, options, args.resume,
+                   args.overwrite, about)
     print(f"reward {rows[0]['reward']:.3f} at first, {rows[-1]['reward']:.3f} at last, {rows[-1]['kl']:.2f} nats "
           f"from the reference; saved in {args.out}")
 

@@ -1,69 +1,225 @@
 """What a killed run leaves behind, and how it goes on: a training run's state and metrics, and a journal of rows.
 
-A `Run` is a folder in training: metrics.jsonl with a row per step, and state.pt with all that is needed to go on; when
-it is finished, there is a model and no state. A `Journal` is an output file in the making, a line per finished row.
-Both are written so that a kill at any moment loses nothing that was reported done.
+A `Run` is a folder in training: run.json tells what it was asked for, from its beginning, and what came of it, when it
+has ended; metrics.jsonl has a row per step; state.pt has all that is needed to go on, until there is a model. A
+`Journal` is an output file in the making, a line per finished row. Both are written so that a kill at any moment loses
+nothing that was reported done, and both compare what is there with what is asked for: an old result is never given for
+a new question.
 """
+import contextlib
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import torch
 
-from common import UserError, first_line, write_whole
+from common import UserError, code_of, digest, first_line, in_short, locked, write_text, write_whole
 
-FINISHED = ("config.json", "adapter_config.json")  # the last file that a finished run writes
+MODEL = ("config.json", "adapter_config.json")  # of which a folder with a model has one
+MADE = ("run.json", "state.pt", "principle.json", *MODEL)  # what tells of a run, and must not outlive it
 
 
 def read_metrics(out):
-    """The rows of OUT/metrics.jsonl."""
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The rows of OUT/metrics.jsonl. UserError where it is not there, or not rows."""
+    path = Path(out) / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as metrics ({first_line(error)}); --overwrite starts again") from error
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# run.json: what was asked for, by whom it was made, and what came of it
+
+
+def read_run(out):
+    """What OUT/run.json says, {} where there is none. UserError for one that is broken."""
+    path = Path(out) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(run, dict) or not all(isinstance(run.get(key, {}), dict) for key in ("settings", "code")):
+            raise ValueError("it does not describe a run")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); give another --out, or --overwrite to start "
+                        "again") from error
+    return run
+
+
+def write_run(out, run):
+    write_text(Path(out) / "run.json", json.dumps(run, indent=1) + "\n")
+
+
+def circumstances():
+    """By which command, when, of which commit and with which packages: what run.json tells and nothing compares."""
+    def git(*words):
+        try:
+            done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+        except OSError:  # no git here
+            return None
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
+    return {"command": shlex.join(sys.argv), "began": now(), "commit": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes),
+            "versions": {"python": platform.python_version(), **packages}}
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def whole_run(out, settings, script):
+    """Within it, a command makes a folder of several parts, and no other process does. run.json tells of it as of a
+    training run. UserError where the folder holds a run with other settings."""
+    with locked(Path(out) / ".lock"):
+        there = read_run(out)
+        if other := differences(there.get("settings", settings), settings):
+            raise UserError(f"{out}: holds a run with other {', '.join(other)}; give another --out, or delete it")
+        write_run(out, {**circumstances(), "parts": there.get("parts", {}), "settings": settings,
+                        "code": code_of(script), "ended": None})
+        yield
+        write_run(out, {**read_run(out), "ended": now()})
+
+
+def kept(folder, name, made_of, make):
+    """Call make() for the file `name` in a folder, unless run.json there says that it was made of the same: of values
+    that JSON can hold, code_of(...) among them."""
+    run, key, path = read_run(folder), digest(made_of), Path(folder) / name
+    if path.exists() and run.get("parts", {}).get(name) == key:
+        return
+    if path.exists():
+        print(f"{path}: was made of other code or data; made anew")
+    make()
+    write_run(folder, {**circumstances(), **run, "parts": {**run.get("parts", {}), name: key}})
+
+
+def changed(there, asked):
+    """The names whose values are not the same in two dicts."""
+    return [name for name in sorted({*there, *asked}) if there.get(name) != asked.get(name)]
+
+
+def differences(there, asked):
+    """The same with the values, where these are short."""
+    def told(name):
+        values = [json.dumps(found.get(name)) for found in (there, asked)]
+        return f"{name} ({values[0]}, now {values[1]})" if max(map(len, values)) < 30 else name
+    return [told(name) for name in changed(there, asked)]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training runs
 
 
 class Run:
     """A training run in the folder `out`.
 
-    settings: {name: value}, all that decides what comes out; a run that is resumed must be given the same. `state` is
-    what `save` last kept of it, or None where it begins at the beginning. `finished`: there is nothing left to do."""
+    settings: {name: value}, all that decides what comes out, of values that JSON can hold; script: the name of the
+    script whose code does so too. about: what else run.json is to tell. A folder that holds a run already:
 
-    def __init__(self, out, settings, resume=False):
-        self.out, self.settings = Path(out), settings
+                                       same settings                      other settings, or finished by other code
+        neither                        finished: that is it; else an      an error, which names them
+                                       error, if there is a state
+        resume                         finished: that is it; else go on   an error, which names them
+        overwrite                      begin again                        begin again
+        resume and overwrite           as resume                          begin again, and say so
+
+    `state` is what `save` last kept, or None where the run begins at the beginning. `finished`: there is nothing left
+    to do."""
+
+    def __init__(self, out, settings, script="train", resume=False, overwrite=False, about=None):
+        self.out, self.settings, self.code = Path(out), json.loads(json.dumps(settings)), code_of(script)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path, self.state = self.out / "state.pt", None
-        model = any((self.out / name).exists() for name in FINISHED)
-        metrics = (self.out / "metrics.jsonl").exists()
-        self.finished = resume and model and metrics and not self.path.exists()
+        what = self.compare(resume, overwrite)
+        self.finished = what == "finished"
         if self.finished:
             return
-        if resume and self.path.exists():
-            self.state = self.read()
-        elif model and not metrics:  # which a later --resume would take for what this run has made
-            raise UserError(f"{self.out}: holds a model but no metrics.jsonl, so no run made it; choose another --out")
+        self.metrics = locked(self.out / "metrics.jsonl")
+        self.about = {**circumstances(), **(about or {}), "settings": self.settings, "code": self.code, "ended": None}
+        if what == "go on":
+            self.state, there = self.read(), read_run(self.out)
+            self.about = {**there, "code": self.code, "resumed": [*there.get("resumed", []), circumstances()]}
         else:
-            self.forget()
-        self.metrics = open(self.out / "metrics.jsonl", "ab")
+            for name in MADE:
+                (self.out / name).unlink(missing_ok=True)
         self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)  # cut back to what the state knows of
+        write_run(self.out, self.about)
+
+    def compare(self, resume, overwrite):
+        """What to do about what the folder holds: "begin", "go on", or nothing, as it is "finished". UserError as the
+        table above says."""
+        model, run = any((self.out / name).exists() for name in MODEL), (self.out / "run.json").exists()
+        if model and not run and not (self.out / "metrics.jsonl").exists():
+            raise UserError(f"{self.out}: holds a model but no metrics.jsonl, so no run made it; choose another --out")
+        if overwrite and not (resume and run):
+            return "begin"
+        if not run and (model or self.path.exists()):
+            raise UserError(f"{self.out}: holds a run without run.json, so nobody can tell what it was asked for; give "
+                            "another --out, or --overwrite to start again")
+        run = read_run(self.out)
+        ended = bool(run.get("ended")) and model
+        if not ended and not self.path.exists():
+            return "begin"  # nothing is there that could be lost
+        other = differences(run.get("settings", {}), self.settings)
+        code = ", ".join(f"{name}.py" for name in changed(run.get("code", {}), self.code))
+        if code and (ended or overwrite):
+            other.append(f"code ({code})")
+        if other and not overwrite:
+            raise UserError(f"{self.out}: holds {'a finished' if ended else 'an unfinished'} run with other "
+                            f"{in_short(', '.join(other), 300)}; give another --out, or --overwrite to start again")
+        if other:
+            print(f"{self.out}: was made with other {in_short(', '.join(other), 300)}; made anew")
+            return "begin"
+        if ended:
+            read_metrics(self.out)
+            self.path.unlink(missing_ok=True)  # of a run that was killed as it ended
+            print(f"{self.out}: finished already, with these settings")
+            return "finished"
+        if not resume:
+            raise UserError(f"{self.out}: holds an unfinished run with these settings; --resume goes on with it, "
+                            "--overwrite starts again")
+        if code:
+            print(f"{self.out}: goes on, though {code} changed since it began")
+        return "go on"
 
     def read(self):
+        """What the last `save` kept. The checksums in the file are looked at: a flipped bit is no number to go on from.
+        """
         try:
+            with zipfile.ZipFile(self.path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(f"{self.path}: cannot be read ({first_line(error)}); delete it to start again") from error
-        made = state.get("settings") if isinstance(state, dict) else None
-        made = made if isinstance(made, dict) and isinstance(state.get("metrics_bytes"), int) else {}
-        changed = [name for name, value in self.settings.items() if name not in made or made[name] != value]
-        if changed:
-            raise UserError(f"{self.path}: was made with other settings of {', '.join(changed)}; give the same to "
-                            "--resume, or leave --resume out to start again")
+        if not isinstance(state, dict) or state.get("run") != digest(self.settings):
+            raise UserError(f"{self.path}: belongs to another run than run.json tells of; delete it to start again")
         metrics = self.out / "metrics.jsonl"
-        if not metrics.exists() or metrics.stat().st_size < state["metrics_bytes"]:
-            raise UserError(f"{metrics}: is shorter than {self.path.name} says; leave --resume out to start again")
+        if metrics.stat().st_size < state["metrics_bytes"]:
+            raise UserError(f"{metrics}: is shorter than {self.path.name} says; delete {self.path.name} to start again")
         return state
 
-    def forget(self):
-        """Remove what an earlier run into the same folder would make a later --resume believe."""
-        for name in (self.path.name, *FINISHED):
-            (self.out / name).unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def loading(self):
+        """What fails in here is a state that does not fit."""
+        try:
+            yield self.state
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{self.path}: does not fit this run ({first_line(error)}); delete it to start "
+                            "again") from error
 
     def write(self, row):
         """Add a row to the metrics, at once."""
@@ -72,7 +228,8 @@ class Run:
 
     def save(self, **parts):
         """Keep what a resumed run finds in `state`."""
-        state = {**parts, "settings": self.settings, "metrics_bytes": os.fstat(self.metrics.fileno()).st_size}
+        size = os.fstat(self.metrics.fileno()).st_size
+        state = {**parts, "run": digest(self.settings), "metrics_bytes": size}
 
         def write(aside):
             try:
@@ -82,56 +239,68 @@ class Run:
         write_whole(self.path, write)
 
     def finish(self):
-        """After the model has been saved: nothing is left to resume. Gives the rows of metrics."""
-        self.metrics.close()
+        """After the model has been saved: run.json tells what came of it, and nothing is left to resume. Gives the rows
+        of metrics."""
+        rows, last = read_metrics(self.out), {}
+        for row in rows:
+            last.update(row)  # each figure's last value
+        write_run(self.out, {**self.about, "ended": now(), "last": last})
         for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
             (self.out / name).unlink(missing_ok=True)
-        return read_metrics(self.out)
+        self.metrics.close()
+        return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Output files in the making
 
 
 class Journal:
     """OUT.part: a line per finished row, {"index", ...}, behind a first line that tells what run it belongs to.
 
-    `rows` {index: row} is what is finished; lines of one index are joined."""
+    `rows` {index: row} is what is finished; lines of one index are joined. No other process may write it meanwhile."""
 
     def __init__(self, path, run):
         self.path, self.rows = Path(f"{path}.part"), {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists() or not self.recover(run):
-            self.path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
-        self.file = open(self.path, "a", encoding="utf-8", errors="replace")
+        self.file = locked(self.path)
+        if not self.recover(run):
+            self.file.truncate(0)
+            self.write({"run": run})
 
     def recover(self, run):
         """Read what a killed run had finished; its last line may be torn and is then cut off. False where it had
         finished nothing."""
-        whole = self.path.read_bytes()
+        whole, mark = self.path.read_bytes(), b'{"run": '
         *lines, torn = whole.split(b"\n")  # not splitlines(), which would also cut at U+2028 inside an answer
-        if not whole or len(lines) < 2 and whole.startswith(b'{"run": '):
+        if len(lines) < 2 and (whole.startswith(mark) or mark.startswith(whole)):
             return False
         try:
             same = json.loads(lines[0])["run"] == run
             rows = [json.loads(line) for line in lines[1:]] if same else []
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            for row in rows:
+                self.keep(row)
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise UserError(f"{self.path}: is not the unfinished output of this program; move it, or give another "
                             "--out") from error
         if not same:
             raise UserError(f"{self.path}: is the unfinished output of a run with other settings; delete it, or give "
                             "those settings again, or another --out")
-        os.truncate(self.path, len(whole) - len(torn))
-        for row in rows:
-            self.keep(row)
+        self.file.truncate(len(whole) - len(torn))
         return True
 
     def keep(self, row):
         self.rows[row["index"]] = {**self.rows.get(row["index"], {}), **row}
 
+    def write(self, row):
+        self.file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self.file.flush()
+
     def add(self, row):
         """A row, or more of one, is finished."""
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.write(row)
         self.keep(row)
 
     def finish(self):
         """The output has been put in place: remove the journal."""
-        self.file.close()
         self.path.unlink()
+        self.file.close()

@@ -7,6 +7,7 @@ The labels are what `python feedback.py label` writes, or pairs from elsewhere. 
 From top to bottom: preference models; their scores; scalarization; the figures that are reported.
 """
 import math
+import re
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,8 @@ import checkpoint
 import data
 import formats
 import train
-from common import UserError, add_options, check_out, cli, make_parser, read_options, write_jsonl
+from common import (UserError, add_options, check_out, cli, file_digest, in_short, make_parser, read_options,
+                    write_jsonl)
 from eval import mean_and_interval
 from model import computes_bf16, device_named, document_scores
 
@@ -24,21 +26,24 @@ from model import computes_bf16, device_named, document_scores
 # Preference models: a Llama with a scalar head each, in a folder of its own with principle.json beside the weights
 
 
-def train_principles(base, rows, out, options, device, progress=True):
+def train_principles(base, rows, out, options, device, overwrite=False, about=None, progress=True):
     """Train one preference model for each principle in the label rows, from the Llama in `base`, into OUT/PRINCIPLE; a
-    killed run continues. principle.json gets the name and the scores' mean and standard deviation on the responses
-    trained on. Gives the folders."""
+    killed run continues. overwrite: models that were made with other settings are made anew. principle.json gets the
+    name and the scores' mean and standard deviation on the responses trained on. Gives the folders."""
     by_principle = {}
     for row in rows:
         by_principle.setdefault(row["principle"], []).append(row)
-    if odd := [name for name in by_principle if name in ("", ".", "..") or "/" in name]:
-        raise UserError(f"the principle {odd[0]!r} cannot name a folder; call it otherwise in the labels")
+    for name in by_principle:
+        if name in (".", "..") or not re.fullmatch(r"[^/\x00-\x1f]{1,100}", name):
+            raise UserError(f"the principle {in_short(repr(name))} cannot name a folder; give it another name in the "
+                            "labels")
     folders = [Path(out) / name for name in by_principle]
     for folder, labels in zip(folders, by_principle.values()):
         llama = train.start_from(base, "reward", device, options)
         tokenizer = checkpoint.load_tokenizer(base, llama)
         stage = train.prepare("reward", labels, tokenizer, llama.config, options)
-        train.train(llama, tokenizer, [stage], folder, options, resume=True, progress=progress)
+        about_it = {"base": str(base), "principle": folder.name, "device": str(device), **(about or {})}
+        train.train(llama, tokenizer, [stage], folder, options, True, overwrite, about_it, progress)
         if not (folder / "principle.json").exists():
             scores = Scorers([folder], device).score(*reference_responses(labels))[0]
             content = {"name": folder.name, "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
@@ -58,6 +63,7 @@ class Scorers:
 
     def __init__(self, folders, device=None):
         self.device, about = device_named(device), [read_principle(folder) for folder in folders]
+        self.fingerprint = [checkpoint.fingerprint(folder) for folder in folders]
         self.names = [principle["name"] for principle in about]
         self.mean, self.std = (torch.tensor([float(principle[key]) for principle in about]) for key in ("mean", "std"))
         by_base = {}
@@ -352,10 +358,12 @@ def read_labels(files, principles=None):
     return [row for row in rows if not principles or row["principle"] in principles]
 
 
-def run_train(files, base, out, principles, device, options):
+def run_train(files, base, out, principles, device, options, overwrite=False):
     """Preference models, and how good they are on the prompts held out."""
     rows, device = read_labels(files, principles), device_named(device)
-    folders = train_principles(base, rows, out, options, device)
+    about = {"files": {path: file_digest(path) for path in files}}
+    folders = train_principles(base, rows, out, options, device, overwrite, about)
+    (Path(out) / "weights.json").unlink(missing_ok=True)  # of an earlier run, which may have had labels to fit them to
     held_out = [row for row in rows if data.is_held_out(row, options.val_share, options.seed)]
     if held_out:
         scorers = Scorers(folders, device)
@@ -391,7 +399,8 @@ def add_train(commands):
     add("--out", required=True, metavar="FOLDER", help="where a folder for each principle goes")
     add("--principles", nargs="+", metavar="NAME", help="train only these (default: all that are labelled)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    unheeded = {*train.unheeded([train.METHODS["reward"]]), "principle"}  # of all principles, one after another
+    add("--overwrite", action="store_true", help="make models that were made with other settings anew")
+    unheeded = {*train.unheeded([train.METHODS["reward"]]), "principle", "merge"}  # of all principles in turn
     add_options(parser, train.Options, leave_out=unheeded, **TRAINING)
 
 
@@ -414,7 +423,7 @@ def main():
     args = parser.parse_args()
     if args.command == "train":
         options = read_options(train.Options, args, **TRAINING)
-        run_train(args.files, args.model, args.out, args.principles, args.device, options)
+        run_train(args.files, args.model, args.out, args.principles, args.device, options, args.overwrite)
     else:
         run_score(args.files, args.models, args.out, args.device)
 

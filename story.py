@@ -20,12 +20,12 @@ import formats
 import toy
 import train
 from align import Writer, align
-from common import UserError, announce, cli, make_parser, write_jsonl, write_text
-from data import Objective
+from common import announce, cli, code_of, digest, make_parser, write_jsonl
 from endpoint import Endpoint
-from eval import evaluate, exact_judge
+from eval import evaluate, exact_judge, exact_room
 from model import Config, Llama, device_named
 from report import ansi_diff, bar_chart, pick_examples, print_table, write_report, write_svg
+from resume import whole_run
 
 FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
                   num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
@@ -59,7 +59,7 @@ def pretrain(out, seed, device):
         rows = [{"prompt": "", "completion": text} for text in chosen]
         options = replace(options, seed=seed)
         stage = train.prepare("pretrain", rows, tokenizer, llama.config, options)
-        train.train(llama, tokenizer, [stage], folder, options, resume=True)
+        train.train(llama, tokenizer, [stage], folder, options, resume=True, overwrite=True)
         llama = checkpoint.load(folder, device=device)
     return texts
 
@@ -76,7 +76,7 @@ def train_policies(out, foundation, seed, device):
         if name == "small":
             base = Llama(Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
         stage = train.prepare("sft", rows, tokenizer, base.config, options)
-        train.train(base, tokenizer, [stage], out / name, options, resume=True)
+        train.train(base, tokenizer, [stage], out / name, options, resume=True, overwrite=True)
 
 
 def write_pairs(out, topics, seed):
@@ -99,7 +99,7 @@ def train_aligner(out, foundation, pairs, texts, seed, device):
         random.Random(seed).shuffle(rows)
         enough = round(steps * options.batch * (1 - REPLAY) * 1.02)  # so that an epoch has so many steps
         stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, options, texts[:2000], REPLAY))
-    train.train(llama, tokenizer, stages, out, options, resume=True)
+    train.train(llama, tokenizer, stages, out, options, resume=True, overwrite=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -158,27 +158,14 @@ def judged_objectives(item):
     return pooled + ["intact: every sentence makes sense"]
 
 
-NAME_OF = {objective.description: name for name, objective in toy.OBJECTIVES.items()}
-NAME_OF["every sentence makes sense"] = "intact"
-
-
-def judge(query, first, second, objective):
-    """Exact; pooled objectives are told apart by their descriptions."""
-    return exact_judge(toy.score)(query, first, second, Objective(NAME_OF[objective.description], ""))
-
-
-def has_room(query, text, objective):
-    name = NAME_OF[objective.description]
-    return toy.score(name, query, text) < toy.best(name)
-
-
 def edit_and_judge(aligner, items, seed):
     """Rows as align.py writes them, and their figures."""
     items = [{**item, "index": index} for index, item in enumerate(items)]
     edited = sorted(align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda i: i["index"])
     rows = [{"prompt": item["prompt"], "original": item["original"], "aligned": item["aligned"],
              "objectives": judged_objectives(item), "golden": item["golden"]} for item in edited]
-    result = evaluate(rows, None, judge, concurrency=1, progress=False, room=has_room)
+    judge, room = exact_judge(toy.score, toy.name_of), exact_room(toy.score, toy.best, toy.name_of)
+    result = evaluate(rows, None, judge, concurrency=1, progress=False, room=room)
     order = [*toy.NAMED, *sorted(set(result["objectives"]) - {*toy.NAMED, "intact"}), "intact"]
     return rows, {**result, "objectives": {name: result["objectives"][name] for name in order}}
 
@@ -260,21 +247,19 @@ def ablation(out, counts, seed, device):
         topics = random.Random(seed).sample(toy.TRAINED_TOPICS, count)
         train_aligner(folder, out / "foundation", write_pairs(folder, topics, seed), texts, seed, device)
         _, result = edit_and_judge(Writer(folder, device), requests(prompts, answers, seed, topics), seed)
-        for name, figures in result["objectives"].items():
-            if "topic" in name:
-                row = {"topics": count, "seed": seed, "objective": name, "net": figures["room_net"],
-                       "interval": figures["room_net_interval"], "n": figures["room_n"]}
-                print(json.dumps(row))
-                with open(out / "topics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        rows = [{"topics": count, "seed": seed, "objective": name, "net": figures["room_net"],
+                 "interval": figures["room_net_interval"], "n": figures["room_n"], "code": digest(code_of("story"))}
+                for name, figures in result["objectives"].items() if "topic" in name]
+        add_rows(out / "topics.jsonl", rows)
+        print("\n".join(json.dumps(row) for row in rows))
 
 
-def claim(out, seed):
-    """A killed story goes on where it stopped, but not with another seed's models."""
-    mark = out / "seed.txt"
-    if mark.exists() and mark.read_text() != f"{seed}\n":
-        raise UserError(f"{out}: holds a run with seed {mark.read_text().strip()}; give another --out, or delete it")
-    write_text(mark, f"{seed}\n")
+def add_rows(path, rows):
+    """Put rows of one count of topics into a file, in the place of those of the same count and of those that other code
+    has made."""
+    kept = [row for _, row in formats.records(path)] if path.exists() else []
+    kept = [row for row in kept if row["topics"] != rows[0]["topics"] and row["code"] == rows[0]["code"]]
+    write_jsonl(path, kept + rows)
 
 
 def arguments():
@@ -292,11 +277,11 @@ def main():
     args = arguments()
     device = device_named(args.device)
     out = Path(args.out)
-    claim(out, args.seed)
-    if args.topics:
-        ablation(out, args.topics, args.seed, device)
-    else:
-        story(out, args.seed, device)
+    with whole_run(out, {"seed": args.seed}, "story"):
+        if args.topics:
+            ablation(out, args.topics, args.seed, device)
+        else:
+            story(out, args.seed, device)
 
 
 if __name__ == "__main__":

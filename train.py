@@ -27,8 +27,8 @@ import checkpoint
 import data
 import formats
 import losses
-from common import (UserError, add_options, cli, lasting, make_parser, number, option, read_options,
-                    refuse_given, seed_from, write_text)
+from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, number, option,
+                    read_options, refuse_given, seed_from, write_text)
 from lora import add_lora
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
 from resume import Run, read_metrics
@@ -52,6 +52,7 @@ class Options:
     precision: str = option("auto", "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it",
                             choices=["auto", "bf16", "fp32"])
     lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
+    merge: bool = option(False, "with --lora-rank: write a whole model instead of an adapter")
     bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass: less memory", free=True)
     seed: int = option(0, "orders the examples", 0, 2**60)
@@ -286,17 +287,14 @@ def batch_of(examples, device):
 # The loop
 
 
-def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
+def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False, about=None, progress=True):
     """Train llama through the stages, one after another, and save it as a folder that checkpoint.load reads.
 
-    out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from. A finished run
-    leaves no state behind. Gives the rows of metrics."""
-    shapes = {name: list(weight.shape) for name, weight in trained(llama).items()}
-    others = unheeded([stage.method for stage in stages])
-    settings = {name: value for name, value in lasting(options).items() if name not in others}
-    run = Run(out, {**settings, "data or steps": plan(stages), "model": shapes}, resume)
+    out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
+    was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
+    run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
+              {"options": vars(options), **(about or {})})
     if run.finished:
-        print(f"{out}: finished already")
         return read_metrics(out)
     llama.checkpoint_activations = options.checkpoint_activations
     for stage in stages:
@@ -304,15 +302,17 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
             add_ref_logprobs(llama, stage.examples + stage.held_out, options, progress)
     state = run.state
     if state:
-        llama.load_state_dict(state.pop("model"), strict=False)  # with LoRA, it holds the adapters alone
+        with run.loading():
+            llama.load_state_dict(state.pop("model"), strict=False)  # with LoRA, it holds the adapters alone
     for place, stage in enumerate(stages):
         if state and place < state["stage"]:
             continue
         optimizer = make_optimizer(llama, options)
         first, tokens, spent, total = 0, 0, 0.0, steps_in(stage, options)
         if state and place == state["stage"] and state["step"]:
-            optimizer.load_state_dict(state.pop("optimizer"))
-            first, tokens, spent = state["step"], state["tokens"], state["seconds"]
+            with run.loading():
+                optimizer.load_state_dict(state.pop("optimizer"))
+                first, tokens, spent = state["step"], state["tokens"], state["seconds"]
         began = saved = time.perf_counter()
         with tqdm(total=total, initial=first, desc=f"{run.out.name}: {stage.name}", unit="step",
                   disable=not progress) as bar:
@@ -343,7 +343,17 @@ def train(llama, tokenizer, stages, out, options, resume=False, progress=True):
             run.save(model=trained(llama), stage=place + 1, step=0)
     write_text(run.out / "tokenizer.json", tokenizer.to_str())
     checkpoint.save(llama, out)
+    if options.merge:
+        checkpoint.merge(out)
     return run.finish()
+
+
+def settings_of(llama, tokenizer, stages, options):
+    """All that decides what a run makes: {name: value}."""
+    others = unheeded([stage.method for stage in stages])
+    settings = {name: value for name, value in lasting(options).items() if name not in others}
+    return {**settings, "data": plan(stages), "model": digest(checkpoint.weights_digest(llama), vars(llama.config)),
+            "tokenizer": digest(tokenizer.to_str())}
 
 
 def train_step(llama, optimizer, batches, method, rate, options):
@@ -509,13 +519,12 @@ def arguments(argv=None):
     add("--data", required=True, nargs="+", metavar="FILE", help="texts, prompt/completion rows, preferences, or pairs")
     add("--out", required=True, metavar="FOLDER", help="where checkpoint and metrics go")
     add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
+    add("--overwrite", action="store_true", help="begin again, whatever run the folder holds")
     add("--steps", nargs="+", choices=[*ALIGNER, "partner"],
         help="an aligner's steps, in order: warm-up (identity: the answer itself; partner: an equally good one), "
              "equal preference, contrastive preference (default: identity equal better)")
     add("--replay", nargs="+", default=[], metavar="FILE", help="pretraining texts mixed into the batches")
-    add("--replay-share", type=number(float, 0, 0.99), default=0.15, metavar="SHARE",
-        help="their share of a batch (default 0.15)")
-    add("--merge", action="store_true", help="with --lora-rank: write a whole model instead of an adapter")
+    add("--replay-share", type=number(float, 0, 0.99), metavar="SHARE", help="their share of a batch (default 0.15)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add_options(parser, Options)
     args = parser.parse_args(argv)
@@ -526,6 +535,10 @@ def arguments(argv=None):
     refuse_given(parser, args, unheeded(methods), f"is no option of {' '.join(args.names)}; leave it out")
     if args.merge and not args.lora_rank:
         parser.error("--merge is for adapters; give --lora-rank too")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite begins again; give one of them")
+    if args.replay_share is not None and not args.replay:
+        parser.error("--replay-share is the share of --replay's texts; give these too")
     if args.replay and METHODS[args.names[0]].rows is preference_rows:
         parser.error(f"--replay mixes texts into texts; {args.method} learns from pairs")
     return args
@@ -539,18 +552,19 @@ def main():
     llama = start_from(args.model, args.names[0], device, options)
     tokenizer = checkpoint.load_tokenizer(args.model, llama)
     replay = [text for path in args.replay for text in formats.read_texts(path)]
+    share = 0.15 if args.replay_share is None else args.replay_share
     stages = []
     for name in args.names:
         rows = METHODS[name].rows(args.data, options)
         if not rows and name != args.names[-1]:  # data of two answers, one better, have no equal pairs
             print(f"{name}: no such pairs in the data, step left out")
             continue
-        stages.append(prepare(name, rows, tokenizer, llama.config, options, replay, args.replay_share))
+        stages.append(prepare(name, rows, tokenizer, llama.config, options, replay, share))
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters on {device}; "
           + ", ".join(f"{s.name}: {len(s.examples):,} examples, {steps_in(s, options):,} steps" for s in stages))
-    rows = train(llama, tokenizer, stages, args.out, options, args.resume)
-    if args.merge and checkpoint.is_adapter(args.out):
-        checkpoint.merge(args.out)
+    files = {path: file_digest(path) for path in [*args.data, *args.replay]}
+    about = {"base": args.model, "device": str(device), "files": files}
+    rows = train(llama, tokenizer, stages, args.out, options, args.resume, args.overwrite, about)
     for stage in stages:
         losses_there = [row["val_loss"] for row in rows if row["stage"] == stage.name and "val_loss" in row]
         if losses_there:

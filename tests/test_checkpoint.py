@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from common import UserError
+from lora import add_lora
 from model import Config, Llama, logits
 from test_model import CONFIGS, random_tokens, tiny, weights_of
 
@@ -382,6 +383,65 @@ def test_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
         checkpoint.load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checksums
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "preference model", "adapter"])
+def test_a_fingerprint_is_of_what_decides_the_output_and_of_nothing_else(tmp_path, kind):
+    base, folder = tmp_path / "one/base", tmp_path / "one/base"
+    if kind in ("preference model", "adapter"):
+        checkpoint.save(tiny(num_labels=1), base)
+        (base / "principle.json").write_text('{"mean": 1.0}')
+    else:
+        checkpoint_folder(base, tiny(), kind)
+    tokenizer_file(base, 40)
+    deciding = [path for path in base.iterdir() if not path.name.endswith("index.json")]
+    if kind == "adapter":
+        folder = tmp_path / "one/adapter"
+        checkpoint.save(add_lora(checkpoint.load(base, scorer=True), 2, "base"), folder)
+        (folder / "principle.json").write_text('{"mean": 2.0}')
+        deciding += list(folder.iterdir())
+    found = checkpoint.fingerprint(folder)
+    assert len(deciding) == {"safetensors": 3, "bin": 3, "preference model": 4, "adapter": 8}.get(kind, 5)
+    for path in deciding:
+        before = path.read_bytes()
+        path.write_bytes(before[:-3] + before[-3:].replace(before[-2:-1], b"?"))
+        if path.name != "adapter_config.json":  # which can be read no more
+            assert checkpoint.fingerprint(folder) != found, path
+        path.write_bytes(before)
+    for stray in ("metrics.jsonl", "context.json", "model.safetensors.tmp")[::2 if kind == "adapter" else 1]:
+        (folder / stray).write_text("{}")
+    (tmp_path / "one").rename(tmp_path / "other")
+    assert checkpoint.fingerprint(tmp_path / "other" / folder.name) == found
+    (tmp_path / "other" / folder.name / "principle.json").write_text('{"mean": 3.0}')
+    assert checkpoint.fingerprint(tmp_path / "other" / folder.name) != found
+
+
+def test_what_has_no_fingerprint(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint.fingerprint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_of_weights_is_of_names_shapes_and_every_value(dtype, device):
+    llama = tiny().to(dtype)
+    found = checkpoint.weights_digest(llama)
+    assert found == checkpoint.weights_digest(tiny().to(dtype).to(device))
+    assert found != checkpoint.weights_digest(tiny(seed=1).to(dtype))
+    weight = llama.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[-1, -1] *= -1
+        assert checkpoint.weights_digest(llama) != found
+        weight[-1, -1] *= -1
+        assert checkpoint.weights_digest(llama) == found
+    one, other = (checkpoint.weights_digest(torch.nn.ModuleDict({name: llama.lm_head})) for name in ("a", "b"))
+    assert one != other, "the same bytes under another name"
+    weight.data = weight.data.view(weight.shape[::-1])
+    assert checkpoint.weights_digest(llama) != found, "the same bytes in another shape"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):

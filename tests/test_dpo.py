@@ -84,4 +84,4 @@ def test_dpo_from_the_command_line(world, tmp_path, monkeypatch, capsys):  # noq
     refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on avoid_", "--principle")
     helpful = train.preference_rows([world / "rated.jsonl"], Options(principle="helpful"))
     assert len(helpful) == 12 * 3 and {row["principle"] for row in helpful} == {"helpful"}
-    assert run(train, monkeypatch, [*words, "--principle", "helpful"]) == 0
+    assert run(train, monkeypatch, [*words, "--principle", "helpful", "--overwrite"]) == 0

@@ -104,3 +104,8 @@ def test_the_whole_of_it_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     before = path.stat().st_mtime_ns
     morlaif.main()
     assert path.stat().st_mtime_ns == before and "learns to answer" not in capsys.readouterr().out
+    code = morlaif.code_of("morlaif")
+    monkeypatch.setattr(morlaif, "code_of", lambda script: {**code, "reward": "edited"})
+    morlaif.main()
+    said = capsys.readouterr().out
+    assert path.stat().st_mtime_ns > before and "results.json: was made of other code or data; made anew" in said

@@ -42,7 +42,7 @@ class Table:
     """A reward for each response, by its text."""
 
     def __init__(self, rewards):
-        self.names, self.rewards = ["table"], rewards
+        self.names, self.fingerprint, self.rewards = ["table"], "table", rewards
 
     def score(self, prompts, responses):
         return torch.tensor([[self.rewards[response] for response in responses]])
@@ -50,7 +50,7 @@ class Table:
 
 class Letters:
     """Two rewards: how many a's, how many words in all."""
-    names = ["a", "long"]
+    names, fingerprint = ["a", "long"], "letters"
 
     def score(self, prompts, responses):
         return torch.tensor([[response.split().count("a") for response in responses],
@@ -343,13 +343,14 @@ def test_scores_are_normalised_by_the_references(tmp_path):
 def test_other_settings_are_refused_on_resume(tmp_path, monkeypatch):
     killed(monkeypatch, tmp_path, 1)
     others = dict(lr=2e-3, seed=1, weights=(1.0, 0.0), prompts=["a"], scalarization="median", policy=tiny(12, seed=2))
+    names = dict(prompts="data", policy="model")
     for name, value in others.items():
-        with pytest.raises(UserError, match=f"other settings of {name};"):
+        with pytest.raises(UserError, match=f"unfinished run with other {names.get(name, name)}[ ;]"):
             small_run(tmp_path, True, **{name: value})
-    for settings in ({**vars(train.Options()), "data or steps": [["sft", 0.0]], "model": {}}, {}):  # train.py's; older
-        torch.save({"settings": settings, "model": {}, "metrics_bytes": 0}, tmp_path / "state.pt")
-        with pytest.raises(UserError, match="other settings of"):
-            small_run(tmp_path, True)
+    monkeypatch.setattr(Letters, "fingerprint", "letters that score otherwise")
+    with pytest.raises(UserError, match="unfinished run with other rewards;"):
+        small_run(tmp_path, True)
+    monkeypatch.undo()
     (tmp_path / "state.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):
         small_run(tmp_path, True)
@@ -465,7 +466,7 @@ def test_mistakes_are_refused_before_any_model_is_loaded(world, tmp_path, monkey
 def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):
     class Scorers:
         def __init__(self, folders, device=None):
-            self.names = [folder.rsplit("/", 1)[-1] for folder in folders]
+            self.names, self.fingerprint = [folder.rsplit("/", 1)[-1] for folder in folders], len(folders)
 
         def score(self, prompts, responses):
             return torch.tensor([[float(len(name))] * len(prompts) for name in self.names])
@@ -476,5 +477,5 @@ def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):
     rewards = ppo.Together([f"{tmp_path}/bbb", "toy:toxicity", f"{tmp_path}/a", "toy:detail"])
     prompt = next(iter(toy.TASK_OF_QUESTION))
     text = f"{toy.SENTENCES['insult'][0]} {toy.SENTENCES['insult'][1]} {toy.SENTENCES['warning'][0]}"
-    assert rewards.names == ["bbb", "toxicity", "a", "detail"]
+    assert rewards.names == ["bbb", "toxicity", "a", "detail"] and rewards.fingerprint == ["exact", 2]
     assert rewards.score([prompt], [text]).tolist() == [[3.0], [-2.0], [1.0], [1.0]]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import formats
+import resume
 import story
 import toy
-from common import UserError
+from conftest import refused, run
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,15 @@ def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
     assert not any(topic in rated for topic in toy.HELD_OUT_TOPICS)
 
 
-def test_a_folder_belongs_to_one_seed(tmp_path):
-    story.claim(tmp_path / "run", 1)
-    story.claim(tmp_path / "run", 1)
-    with pytest.raises(UserError, match="holds a run with seed 1"):
-        story.claim(tmp_path / "run", 2)
+def test_a_folder_belongs_to_one_seed_and_to_one_process_at_a_time(tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(story, "story", lambda out, seed, device: told.append(seed))
+    words = ["--out", tmp_path / "run", "--device", "cpu", "--seed"]
+    assert [run(story, monkeypatch, [*words, 1]) for _ in range(2)] == [0, 0]
+    refused(story, monkeypatch, capsys, [*words, 2], "run: holds a run with other seed (1, now 2)")
+    assert told == [1, 1] and resume.read_run(tmp_path / "run")["ended"]
+    monkeypatch.setattr(story, "story", lambda *_: refused(story, monkeypatch, capsys, [*words, 1], "another process"))
+    assert run(story, monkeypatch, [*words, 1]) == 0
 
 
 @pytest.fixture
@@ -86,7 +91,24 @@ def test_the_story_from_end_to_end(short, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path):
+def test_a_story_told_again_trains_only_what_would_be_another_model(short, tmp_path, capsys, monkeypatch):
+    def trained():
+        story.story(tmp_path, 0, torch.device("cpu"))
+        said = capsys.readouterr().out
+        return {name for name in PARTS if f"{tmp_path / name}: finished already" not in said}, said
+    PARTS = ["words", "foundation", "small", "large", "aligner"]
+    assert trained()[0] == set(PARTS) and trained()[0] == set()
+    monkeypatch.setattr(toy, "answer", lambda *args, answer=toy.answer: answer(*args) + " Indeed.")  # the data changes
+    again, said = trained()
+    assert again == {"small", "large"} and f"{tmp_path / 'large'}: was made with other data; made anew" in said
+    monkeypatch.setattr(story, "WORDS", dataclasses.replace(story.WORDS, lr=1e-4))
+    again, said = trained()
+    assert again == {"words", "foundation", "large", "aligner"}  # "small" starts from nothing
+    assert "words: was made with other lr (0.0015, now 0.0001)" in said and "foundation: was made with other mod" in said
+
+
+@pytest.mark.slow
+def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path, monkeypatch):
     story.ablation(tmp_path, [5, 10], 0, torch.device("cpu"))
     rows = [json.loads(line) for line in open(tmp_path / "topics.jsonl", encoding="utf-8")]
     held_out = [(row["topics"], row["n"]) for row in rows if row["objective"] == "mention a held-out topic"]
@@ -95,3 +117,10 @@ def test_the_ablation_measures_every_count_on_the_same_answers(short, tmp_path):
         pairs = formats.read_pairs(tmp_path / f"topics-{count}-0" / "pairs.jsonl")
         names = {name.partition("_")[2] for row in pairs for name in row["objectives"]} - {""}
         assert len(names & set(toy.TOPICS)) == count
+    story.ablation(tmp_path, [10], 0, torch.device("cpu"))  # as after a kill: no row twice, and none is lost
+    again = [json.loads(line) for line in open(tmp_path / "topics.jsonl", encoding="utf-8")]
+    assert again == rows
+    monkeypatch.setattr(story, "code_of", lambda script: {"story": "edited"})
+    story.ablation(tmp_path, [10], 0, torch.device("cpu"))
+    again = [json.loads(line) for line in open(tmp_path / "topics.jsonl", encoding="utf-8")]
+    assert {row["topics"] for row in again} == {10}  # what other code has measured is not beside it

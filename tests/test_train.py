@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from array import array
@@ -300,7 +299,7 @@ def test_a_trained_model_is_an_ordinary_folder(world, finished):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in llama.parameters())
     assert not torch.equal(llama.lm_head.weight, before.lm_head.weight)
     assert sorted(path.name for path in finished.iterdir()) == \
-        ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json"]
+        ["config.json", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json"]
 
 
 def test_autocast_computes_in_bf16_over_fp32_weights(world, tmp_path, finished):
@@ -380,106 +379,6 @@ def test_sft_takes_the_best_answer(world):
     for row, source in zip(rows, rated, strict=True):
         sums = {response["text"]: sum(response["scores"].values()) for response in source["responses"]}
         assert sums[row["completion"]] == max(sums.values()) > min(sums.values())
-
-
-# ----------------------------------------------------------------------------- killed and resumed
-
-KILLED = """
-import os, signal, sys
-import resume
-import train
-count, where = int(sys.argv.pop(1)), sys.argv.pop(1)
-write, save = resume.Run.write, resume.torch.save
-rows = 0
-
-def dying_write(run, row):
-    global rows
-    write(run, row)
-    rows += 1
-    if rows == count and where == "row":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def dying_save(state, path):
-    save(state, path)
-    if rows >= count and where == "save":
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-resume.Run.write, resume.torch.save = dying_write, dying_save
-train.main()
-"""
-
-
-def killed(words, count, where):
-    """Run train.py in a process that is killed, with SIGKILL, at its count-th row of metrics, or while it saves."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(count), where, *words], capture_output=True,
-                           env=environment, timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count, where", [(2, "row"), (10, "row"), (10, "save"), (14, "row")])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch, finished, count, where):
-    """At the first step; in the middle of the second stage; there with half a state written; and between stages."""
-    words = command(world, out=tmp_path / "out")
-    killed(words, count, where)
-    assert not (tmp_path / "out" / "config.json").exists() and len(metrics(tmp_path / "out")) == count
-    assert (tmp_path / "out" / "state.pt").exists() == (count > 2)
-    assert (tmp_path / "out" / "state.pt.tmp").exists() == (where == "save")
-    assert run(train, monkeypatch, [*words, "--resume"]) == 0
-    assert timeless(metrics(tmp_path / "out")) == timeless(metrics(finished))
-    assert weights(tmp_path / "out") == weights(finished)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in finished.iterdir()}
-
-
-@pytest.mark.slow
-def test_a_resumed_run_repeats_no_step(world, tmp_path, monkeypatch, finished):
-    words = command(world, out=tmp_path / "out")
-    killed(words, 10, "row")
-    drawn, examples_of = [], train.examples_of
-    monkeypatch.setattr(train, "examples_of", lambda stage, step, options:
-                        drawn.append((stage.name, step)) or examples_of(stage, step, options))
-    assert run(train, monkeypatch, [*words, "--resume"]) == 0
-    assert drawn == [("equal", 1), ("equal", 2), ("equal", 3), *(("better", step) for step in range(4))]
-
-
-@pytest.mark.slow
-def test_other_settings_or_data_are_refused(world, tmp_path, monkeypatch, capsys):
-    killed(command(world, out=tmp_path / "out"), 10, "row")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    for changes, name in (({"lr": 1e-3}, "lr"), ({"batch": 8}, "batch"), ({"seed": 1}, "seed"),
-                          ({"warmup-data": 0.5}, "data or steps"), ({"precision": "fp32"}, "precision")):
-        refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", **changes), "--resume"],
-                "state.pt", name)
-    words = command(world, out=tmp_path / "out")
-    refused(train, monkeypatch, capsys, [*words, "--resume", "--steps", "identity", "better"], "data or steps")
-    tokenizer, wider = checkpoint.load_tokenizer(world / "base"), tmp_path / "wider"
-    checkpoint.save(tiny(tokenizer.get_vocab_size(), tie_word_embeddings=True, intermediate_size=96), wider)
-    tokenizer.save(str(wider / "tokenizer.json"))
-    refused(train, monkeypatch, capsys, [*command(world, out=tmp_path / "out", model_folder=wider), "--resume"],
-            "model")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    (tmp_path / "out" / "state.pt").write_bytes(before["state.pt"][:5000])
-    refused(train, monkeypatch, capsys, [*words, "--resume"], "state.pt", "cannot be read", "delete it")
-
-
-def test_a_finished_run_says_so(world, finished, monkeypatch, capsys):
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()}
-    assert run(train, monkeypatch, [*command(world, out=finished), "--resume"]) == 0
-    assert "finished already" in capsys.readouterr().out
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()} == before
-
-
-@pytest.mark.slow
-def test_a_run_begun_anew_is_not_taken_for_the_finished_one_before(world, tmp_path, monkeypatch):
-    words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2})
-    assert run(train, monkeypatch, words) == 0
-    first = weights(tmp_path / "out")
-    changed = command(world, "pretrain", tmp_path / "out", **{"max-steps": 2, "seed": 5})
-    killed(changed, 2, "row")
-    assert run(train, monkeypatch, [*changed, "--resume"]) == 0
-    assert weights(tmp_path / "out") != first and len(metrics(tmp_path / "out")) == 4
 
 
 # ----------------------------------------------------------------------------- the command line, and bad input
@@ -595,4 +494,4 @@ def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     assert ended.returncode == 2 and "Traceback" not in ended.stderr and message.startswith("error: "), ended.stderr
     assert re.search("disk full|space", message)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == \
-        ["metrics.jsonl"] + ["tokenizer.json"] * (file == "model.safetensors")
+        ["metrics.jsonl", "run.json"] + ["tokenizer.json"] * (file == "model.safetensors")
