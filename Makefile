@@ -7,11 +7,13 @@ MODEL      ?=
 DATA       ?=
 OBJECTIVES ?=
 POLICY     ?=
+# Not empty: begin again where the folder holds another run.
+OVERWRITE  ?=
 # A Python that has transformers, datasets and trl, to be timed beside ours.
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif test quick lint align eval bench clean clean-runs
+.PHONY: help setup train morlaif test quick campaign lint align eval bench clean clean-runs
 
 help:   ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -29,7 +31,8 @@ ifeq ($(MODEL),)
 else
 	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED) \
 	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES))
-	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) --resume
+	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) \
+	    $(if $(OVERWRITE),--overwrite,--resume)
 endif
 
 morlaif: setup  ## MORLAIF on the embedded world, with its paper's figures; QUICK=1: one seed, fewer scalarizations
@@ -50,6 +53,9 @@ test: setup  ## all tests
 
 quick: setup  ## the tests that take a minute
 	$(PY) -m pytest -q -m "not slow"
+
+campaign: setup  ## kills, damaged files, sick servers and full disks by the thousand: what survives them; 20 minutes
+	$(PY) campaign.py
 
 lint: setup  ## style and unused names, by ruff
 	@$(PY) -m ruff --version > /dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check ruff

@@ -1,17 +1,19 @@
 """Use an aligner: edit the answers of any policy towards objectives named in words.
 
-    python align.py --model ALIGNER --data answers.csv --objectives harmless helpful --out aligned.jsonl
-    python align.py --model ALIGNER --data prompts.jsonl --policy http://localhost:8000 --policy-model NAME \\
-        --objectives humour "Brevity: The response should be short." --out aligned.jsonl
+    python align.py --model ALIGNER --data answers.csv --objectives helpful "Brevity: Be short" --out aligned.jsonl
+    python align.py --model ALIGNER --data prompts.jsonl --policy http://localhost:8000 --policy-model NAME
     python align.py --model ALIGNER --interactive
 
 y' = aligner(prompt(q, y, objectives)) (MetaAligner, section 3.3): the policy that wrote y is never looked into, and
 the objectives need not be ones that the aligner was trained on. A killed run goes on when it is started again.
 """
 import csv
+import itertools
 import sys
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,9 +21,9 @@ from tqdm import tqdm
 import checkpoint
 import data
 import formats
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option, read_options,
-                    refuse_given, seed_from, write_jsonl, write_whole)
-from endpoint import Endpoint, in_parallel
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, note, number, option,
+                    read_options, refuse_given, seed_from, write_jsonl, write_whole)
+from endpoint import Endpoint, TooLong, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
 from report import ansi_diff
@@ -65,6 +67,7 @@ class Writer:
         """Prompt ids that leave room for new_tokens in the model's context, or None if they cannot."""
         config = self.llama.config
         room = config.max_position_embeddings - new_tokens
+        prompt = prompt.encode("utf-8", "replace").decode()  # half a surrogate pair, which no tokenizer takes, is a "?"
         return data.encode_prompt(self.tokenizer, prompt, config.bos_token_id, room, context)
 
     def write(self, prompts, new_tokens, rows, seeds=0, **sampling):
@@ -76,16 +79,23 @@ class Writer:
             yield order[place], self.tokenizer.decode(new).strip()
 
 
+def is_url(policy):
+    return policy.startswith(("http://", "https://"))
+
+
 def policy_answers(items, policy, policy_model="default", cache=None, device=None, max_new_tokens=1024, temperature=0.0,
                    batch=32, seed=0):
     """Yield (place, answer) of items {"index", "prompt"}, as they are done, by a Llama in a folder or a server at a
-    URL; the answer is None to a prompt that does not fit the Llama's context. cache: a file of the server's replies."""
-    if policy.startswith(("http://", "https://")):
-        endpoint = Endpoint(policy, policy_model, cache=cache, timeout=600)
-
+    URL. The answer is None to a prompt that does not fit the policy's context, "" where the policy said nothing.
+    cache: a file of the server's replies."""
+    if is_url(policy):
         def ask(item):
-            return endpoint.complete(item["prompt"], max_new_tokens, temperature, seed=seed)
-        yield from enumerate(in_parallel(ask, items, 8))
+            try:
+                return endpoint.complete(item["prompt"], max_new_tokens, temperature, seed=seed) or ""
+            except TooLong:
+                return None
+        with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
+            yield from enumerate(in_parallel(ask, items, 8))
         return
     writer = Writer(policy, device)
     new_tokens = min(max_new_tokens, writer.llama.config.max_position_embeddings // 2)
@@ -135,33 +145,51 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
 # ----------------------------------------------------------------------------------------------------------------
 # Files in, files out
 
+DEFAULT = ["harmless", "helpful"]  # objectives, where neither the user nor a row names any
+COLUMNS = ("prompt", "original", "aligned", "objectives", "golden")
+JOINT = " | "  # between the objectives in a cell of a CSV file
 
-def read_items(paths, queries=None, limit=None, skipped=None):
-    """One item per answer of the files (or per prompt, where there is none): {"index", "prompt", "original"?, ...}."""
-    items = []
-    for path in paths:
-        for row in formats.read_rated(path, objective="chosen", queries=queries, skipped=skipped):
-            shared = {key: row[key] for key in ("prompt", "golden") if key in row}
-            for response in row["responses"] or [None]:
-                if limit is not None and len(items) >= limit:
-                    return items
-                original = {} if response is None else {"original": response["text"]}
-                items.append({"index": len(items), **shared, **original})
+
+def read_items(paths, objectives=None, queries=None, limit=None, skipped=None):
+    """One item per answer of the files (or per prompt, where there is none): {"index", "prompt", "original"?,
+    "golden"?, "objectives": texts}. objectives: Objectives for every item; None: each row's own, or DEFAULT."""
+    answers = ((where, row, response) for path in paths
+               for where, row in formats.located_rated(path, objective="chosen", queries=queries, skipped=skipped)
+               for response in row["responses"] or [None])
+    items, unheeded, shared = [], 0, objectives or data.find_objectives(DEFAULT)
+    for index, (where, row, response) in enumerate(itertools.islice(answers, limit)):
+        own = row.get("objectives")
+        unheeded += bool(own and objectives)
+        told = own_objectives(own, where) if own and not objectives else shared
+        item = {"index": index, **{key: row[key] for key in ("prompt", "golden") if key in row},
+                "objectives": [str(objective) for objective in told]}
+        items.append(item if response is None else {**item, "original": response["text"]})
+    if unheeded:
+        note(f"{unheeded} of {len(items)} answers come with objectives of their own; --objectives is used instead")
     return items
 
 
+def own_objectives(texts, where):
+    """The Objectives that a row names, in texts as on the command line, but for files. Raises UserError."""
+    try:
+        if any(text.endswith(".json") for text in texts):
+            raise UserError('a row names no file of objectives; write "Name: description" there')
+        return data.find_objectives(texts)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def write_rows(path, rows):
-    """JSONL, or CSV with the objectives joined by " | " in one cell; whole or not at all."""
+    """JSONL, or CSV with the objectives joined by JOINT in one cell; whole or not at all."""
     if not str(path).endswith(".csv"):
         write_jsonl(path, rows)
         return
 
     def write(aside):
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            columns = ["prompt", "original", "aligned", "objectives", "golden"]
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        with open(aside, "w", encoding="utf-8", errors="replace", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({**row, "objectives": " | ".join(row["objectives"])} for row in rows)
+            writer.writerows({**row, "objectives": JOINT.join(row["objectives"])} for row in rows)
     write_whole(path, write)
 
 
@@ -173,9 +201,9 @@ def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="the aligner")
-    add("--data", nargs="+", default=[], metavar="FILE", help="answers to edit, or prompts, in any form data.py reads")
-    add("--objectives", nargs="+", default=["harmless", "helpful"], metavar="O",
-        help='names, "Name: what a response must do", or JSON files, in this order (default: harmless helpful)')
+    add("--data", nargs="+", metavar="FILE", help="answers (or edits) to edit, or prompts, in any form data.py reads")
+    add("--objectives", nargs="+", metavar="O", help='names, "Name: what a response must do", or JSON files, in this '
+        f"order, for all rows (default: each row's own or, where it has none, {' '.join(DEFAULT)})")
     add("--out", default="aligned.jsonl", metavar="FILE", help=".jsonl(.gz) or .csv (default aligned.jsonl)")
     add("--policy", metavar="FOLDER_OR_URL", help="who answers prompts that come without an answer: a Llama folder, "
         "or an OpenAI-compatible server (key in OPENAI_API_KEY)")
@@ -222,53 +250,64 @@ def main():
     args = arguments()
     options, sampling = read_options(Options, args), read_options(Sampling, args)
     template = data.read_template(args.template) if args.template else data.TEMPLATE
-    objectives = data.find_objectives(args.objectives)
+    wanted = args.objectives or DEFAULT
+    objectives = data.find_objectives(wanted)
+    if not objectives:
+        raise UserError(f"{wanted[0]}: holds no objective; write one into it, or leave --objectives out")
     if args.interactive:
-        interactive(Writer(args.model, args.device), args.objectives, template, **vars(options), **vars(sampling))
-        return
-    check_out(args.out, args.data)
+        interactive(Writer(args.model, args.device), wanted, template, **vars(options), **vars(sampling))
+    else:
+        edit_files(args, options, sampling, template, objectives if args.objectives else None)
+
+
+def edit_files(args, options, sampling, template, objectives):
+    """Edit the answers of --data into --out, after the policy has given those that are missing."""
+    files = [text for text in args.objectives or () if text.endswith(".json")]
+    check_out(args.out, [*args.data, *files, args.queries, args.template])
     skipped = Counter()
-    items = read_items(args.data, args.queries, args.limit, skipped)
+    items = read_items(args.data, objectives, args.queries, args.limit, skipped)
     if not items:
         raise UserError(f"{args.data[0]}: no rows to align")
+    if args.out.endswith(".csv") and any(JOINT.join(i["objectives"]).split(JOINT) != i["objectives"] for i in items):
+        raise UserError(f"{args.out}: no CSV file can hold objectives with {JOINT!r} in them; give --out FILE.jsonl")
     unanswered = [item for item in items if "original" not in item]
     if unanswered and not args.policy:
         raise UserError(f"{args.data[0]}: {len(unanswered)} prompts have no answer; give --policy FOLDER_OR_URL, "
                         "whose answers are to be edited")
+    if Path(args.out).exists():
+        note(f"{args.out}: exists already; it is replaced when all is done")
     aligner = Writer(args.model, args.device)
-    names = [str(objective) for objective in objectives]
-    settings = [args.model, args.policy, args.policy_model, lasting(options), vars(sampling), items, names, template]
-    journal = Journal(args.out, digest(*settings))
-    items = [{**item, **journal.rows.get(item["index"], {})} for item in items]
-    unanswered = [item for item in items if "original" not in item]
-    if unanswered:
-        cache = f"{args.out}.policy-cache.jsonl"
-        answers = policy_answers(unanswered, args.policy, args.policy_model, cache, args.device, options.max_new_tokens,
-                                 sampling.temperature, options.batch, options.seed)
-        for i, text in tqdm(answers, "policy answers", len(unanswered), unit=" answers"):
-            unanswered[i]["original"] = text
-            journal.add({"index": unanswered[i]["index"], "original": text})
-    items = [item for item in items if item["original"] is not None]
-    todo = [item for item in items if "aligned" not in item]
-    with tqdm(total=len(items), initial=len(items) - len(todo), desc="aligning", unit=" answers") as bar:
-        for row in align(aligner, todo, objectives, template, **vars(options), **vars(sampling)):
-            journal.add(row)
-            bar.update()
-    rows = [journal.rows[item["index"]] for item in items]
-    write_rows(args.out, [{"prompt": row["prompt"], "original": row["original"], "aligned": row["aligned"],
-                           "objectives": names, **({"golden": row["golden"]} if "golden" in row else {})}
-                          for row in rows])
-    unfit = len(journal.rows) - len(rows)
+    policy = checkpoint.fingerprint(args.policy) if unanswered and not is_url(args.policy) else args.policy
+    journal = Journal(args.out, digest(checkpoint.fingerprint(args.model), policy, args.policy_model, lasting(options),
+                                       vars(sampling), items, template))
+    for item in items:
+        item.update(journal.rows.get(item["index"], {}))
+    if asked := [item for item in unanswered if "original" not in item]:
+        answers = policy_answers(asked, args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device,
+                                 options.max_new_tokens, sampling.temperature, options.batch, options.seed)
+        for i, text in tqdm(answers, "policy answers", len(asked), unit=" answers"):
+            asked[i]["original"] = text
+            if text or not is_url(args.policy):  # after a kill, a server is asked again
+                journal.add({"index": asked[i]["index"], "original": text})
+    faults = {item["index"]: "that do not fit the policy's context" if item["original"] is None else
+              "to which the policy gave an empty answer" for item in unanswered if not (item["original"] or "").strip()}
+    items = [item for item in items if item["index"] not in faults]
+    todo = [{**item, "objectives": data.row_objectives(item)} for item in items if "aligned" not in item]
+    edits = align(aligner, todo, None, template, **vars(options), **vars(sampling))
+    for row in tqdm(edits, "aligning", len(items), initial=len(items) - len(todo), unit=" answers"):
+        journal.add({key: row[key] for key in ("index", "aligned", "left_as_is") if key in row})
+    rows = [{**item, **journal.rows[item["index"]]} for item in items]
+    write_rows(args.out, [{key: row[key] for key in COLUMNS if key in row} for row in rows])
     journal.finish()
-    tell(args.out, rows, skipped, unfit, aligner.acceptance)
+    tell(args.out, rows, skipped, Counter(faults.values()), aligner.acceptance)
 
 
-def tell(out, rows, skipped, unfit, acceptance):
+def tell(out, rows, skipped, faults, acceptance):
     """What was left out, what was changed, and how much of it was copied."""
     for reason, count in skipped.items():
         print(f"left out: {count} rows, {reason}")
-    if unfit:
-        print(f"left out: {unfit} prompts that do not fit the policy's context")
+    for reason, count in faults.items():
+        print(f"left out: {count} prompts {reason}")
     if kept := sum(row.get("left_as_is", False) for row in rows):
         print(f"left as they were: {kept} answers that do not fit the aligner's context")
     changed = sum(row["aligned"] != row["original"] for row in rows)

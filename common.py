@@ -39,13 +39,15 @@ class UserError(Exception):
 def cli(main):
     """Run a script's main(). What the user or the machine is to blame for becomes one line and status 2."""
     keep_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the command was started with it closed
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # half a surrogate, of a path say, prints as a question mark
     try:
         main()
-        if sys.stdout:  # None, where the command was started with it closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         stop(str(error))
     except BrokenPipeError:
@@ -185,20 +187,19 @@ def lasting(options):
 
 def write_whole(path, write):
     """Call write(aside) and then rename aside to path: a reader never sees half a file, and after any error what was
-    there before is still there, and nothing else."""
+    there before is still there, and nothing else. UserError while another process writes it."""
     path, aside = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode
-        write(aside)
-        aside.chmod(mode)  # safetensors makes files that nobody else may read
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
-            error.filename = str(path)
-        raise
+    with locked(aside):
+        try:
+            mode = aside.stat().st_mode
+            write(aside)
+            aside.chmod(mode)  # safetensors makes files that nobody else may read
+            os.replace(aside, path)
+        except BaseException as error:
+            aside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
+                error.filename = str(path)
+            raise
 
 
 def write_text(path, text):

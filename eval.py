@@ -2,22 +2,25 @@
 
 examples:
     python eval.py aligned.jsonl --judge-url http://localhost:8000 --judge-model some-model
-    python eval.py aligned.jsonl                  # the embedded world's own objectives, judged exactly
+    python eval.py runs/story/aligned/*.jsonl     # the embedded world's own objectives, judged exactly
 
 A judge is any function `judge(query, first, second, objective)` that returns "first", "second", "tie", or None where
 its reply cannot be read. The figures are those of MetaAligner's evaluation (arXiv 2403.17141, section 4): the win rate
 of the policy's own and of the aligned answer against the golden one, per objective.
 """
 import json
+import os
 import random
 import re
+import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 import numpy
 from tqdm import tqdm
 
 import toy
-from common import cli, make_parser, number, write_text
+from common import UserError, check_out, cli, make_parser, number, write_text
 from data import OBJECTIVES, find_objectives, row_objectives
 from endpoint import Endpoint, TooLong, in_parallel, reply_text
 from formats import read_aligned
@@ -27,17 +30,18 @@ from report import pick_examples, print_table, write_report
 # Judges
 
 
-def exact_judge(score):
-    """A judge from an exact scorer `score(objective name, query, text) -> number`, higher is better."""
+def exact_judge(score, name_of=attrgetter("name")):
+    """A judge from an exact scorer `score(name, query, text) -> number`, higher is better. name_of: what the scorer
+    calls an Objective."""
     def judge(query, first, second, objective):
-        left, right = score(objective.name, query, first), score(objective.name, query, second)
+        left, right = (score(name_of(objective), query, text) for text in (first, second))
         return "tie" if left == right else "first" if left > right else "second"
     return judge
 
 
-def exact_room(score, best):
-    """The `room` of `evaluate` for an exact scorer; `best(objective name)` is the highest score there is."""
-    return lambda query, text, objective: score(objective.name, query, text) < best(objective.name)
+def exact_room(score, best, name_of=attrgetter("name")):
+    """The `room` of `evaluate` for an exact scorer; `best(name)` is the highest score there is."""
+    return lambda query, text, objective: score(name_of(objective), query, text) < best(name_of(objective))
 
 
 JUDGE_PROMPT = """You compare two answers to one request by a single criterion and by nothing else.
@@ -217,34 +221,66 @@ def mean_words(rows):
 
 
 def policy_names(paths):
-    """One name per file: its name without ending, or its whole path where two files share a name."""
+    """One name per path: the file's without its ending, or the paths themselves where two files share a name."""
     stems = [re.sub(r"(\.(jsonl|json|csv))?(\.gz)?$", "", Path(path).name) for path in paths]
-    return [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
+    return stems if len(set(stems)) == len(stems) else paths
+
+
+def check_rows(path, rows, objectives, exact):
+    """UserError for a row that cannot be judged on the objectives, or (None) on its own ones; exact: not by the
+    embedded world."""
+    for place, row in enumerate(rows, 1):
+        try:
+            wanted = objectives or row_objectives(row)
+            if not objectives and len(wanted) < len(set(row["objectives"])):
+                raise UserError("two objectives have the same name; rename one, or give --objectives")
+            if exact:
+                toy.task_of(row["prompt"])
+            for objective in wanted:
+                if exact:
+                    toy.name_of(objective)
+                elif not objective.description:
+                    raise UserError(f'nothing says what the objective {objective.name!r} asks; write "Name: '
+                                    'description" there, or give --objectives')
+        except UserError as error:
+            raise UserError(f"{path}: row {place}: {error}") from None
 
 
 def judge_files(files, judge_url, judge_model, judge_tokens, objectives, out, limit, concurrency, seed):
     """Judge every file's rows; print the table and write the figures and the report."""
-    out, known, endpoint = Path(out), dict(OBJECTIVES), None
+    out, endpoint = Path(out), None
+    for name in ("eval.json", "report.html", "judge-cache.jsonl"):
+        check_out(out / name, [*files, *(text for text in objectives or () if text.endswith(".json"))])
+    known = OBJECTIVES if judge_url else {**OBJECTIVES, **toy.OBJECTIVES, "intact": toy.INTACT}
+    wanted = find_objectives(objectives, known) if objectives else None
+    if wanted == []:
+        raise UserError(f"{objectives[0]}: holds no objective; write one into it, or leave --objectives out")
+    distinct = {}
+    for path in files:
+        distinct.setdefault(os.path.realpath(path), path)
+    files = list(distinct.values())
+    policies = {name: read_aligned(path, limit) for name, path in zip(policy_names(files), files)}
+    for path, rows in zip(files, policies.values()):
+        check_rows(path, rows, wanted, exact=not judge_url)
     if judge_url:
         endpoint = Endpoint(judge_url, judge_model, cache=out / "judge-cache.jsonl")
         judge, room, judged_by = endpoint_judge(endpoint, judge_tokens), None, judge_model
     else:
-        known.update(toy.OBJECTIVES)
-        judge, room, concurrency = exact_judge(toy.score), exact_room(toy.score, toy.best), 1
-        judged_by = "the embedded world's exact scorers"
-    objectives = find_objectives(objectives, known) if objectives else None
-    files = list(dict.fromkeys(files))
-    policies = {name: read_aligned(path, limit) for name, path in zip(policy_names(files), files)}
+        judge, room = exact_judge(toy.score, toy.name_of), exact_room(toy.score, toy.best, toy.name_of)
+        judged_by, concurrency = "the embedded world's exact scorers", 1
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # what cannot be written is an error now, and not after the last question
     results, examples = {}, {}
     for policy, rows in policies.items():
-        results[policy] = evaluate(rows, objectives, judge, concurrency, seed, room=room)
+        results[policy] = evaluate(rows, wanted, judge, concurrency, seed, room=room)
         examples[policy] = pick_examples(rows, results[policy], seed=seed)
+    write_text(out / "eval.json", json.dumps(results, indent=1) + "\n")
+    write_report(out / "report.html", results, examples, "Before and after alignment", f"Judge: {judged_by}.")
     print_table(results)
     if endpoint:
         print(f"judge: {endpoint.sent} requests, {endpoint.retried} of them again after a failure; "
               f"{endpoint.reused} replies came from the cache")
-    write_text(out / "eval.json", json.dumps(results, indent=1) + "\n")
-    write_report(out / "report.html", results, examples, "Before and after alignment", f"Judge: {judged_by}.")
+        endpoint.close()
     print(f"wrote {out / 'eval.json'} and {out / 'report.html'}")
 
 

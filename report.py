@@ -11,6 +11,22 @@ from common import write_text
 from data import row_objectives
 
 # ----------------------------------------------------------------------------------------------------------------
+# Texts of others, to be shown
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # all but tab and line feed
+
+
+def visible(text):
+    """A text without control characters, which could clear a terminal or break a page: each becomes U+FFFD."""
+    return CONTROL.sub("\ufffd", re.sub("\r\n?", "\n", text))
+
+
+def escape(text):
+    """A text as HTML or SVG."""
+    return html.escape(visible(text))
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Word diffs
 
 
@@ -39,9 +55,10 @@ def word_diff(before, after):
 
 
 def ansi_diff(before, after):
-    """The word diff for a terminal: what was taken out in red, what was put in in green."""
+    """The word diff for a terminal: what was taken out in red, what was put in in green. Of both texts what `visible`
+    leaves."""
     colour = {"-": "\033[31m{}\033[0m", "+": "\033[32m{}\033[0m", " ": "{}"}
-    return "".join(colour[op].format(text) for op, text in word_diff(before, after))
+    return "".join(colour[op].format(visible(text)) for op, text in word_diff(before, after))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -91,7 +108,7 @@ def left_out(result):
 def table_text(results):
     """The table of {policy: result of `evaluate`}, at most 110 columns wide."""
     def line(head, cells):
-        head = head if len(head) <= 26 else head[:25] + "~"
+        head = re.sub(r"\s", " ", head if len(head) <= 26 else head[:25] + "~")
         return f"{head:<26}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, WIDTHS))
 
     lines = [line("", COLUMNS)]
@@ -103,7 +120,7 @@ def table_text(results):
 
 
 def print_table(results):
-    print(table_text(results).encode("utf-8", "replace").decode())  # half a surrogate pair cannot be printed
+    print(visible(table_text(results)).encode("utf-8", "replace").decode())  # half a surrogate pair cannot be printed
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -133,7 +150,7 @@ def bar_chart(lines, low, high, unit):
     def x(value):
         return round(left + (min(max(value, low), high) - low) / (high - low) * (right - left), 1)
 
-    parts = [f'<svg viewBox="0 0 830 {bottom + 26}" role="img" aria-label="{html.escape(unit)}">']
+    parts = [f'<svg viewBox="0 0 830 {bottom + 26}" role="img" aria-label="{escape(unit)}">']
     for tick in numpy.linspace(low, high, 5):
         kind = "middle" if tick == (low + high) / 2 else "grid"
         at = x(tick)
@@ -142,7 +159,7 @@ def bar_chart(lines, low, high, unit):
     for row, (label, bars, whisker, note) in enumerate(lines):
         middle, thick = 10 + step * (row + 0.5), 22 / len(bars)
         short = label if len(label) <= 27 else label[:26] + "…"
-        parts.append(f'<text x="{left - 12}" y="{middle + 5}" text-anchor="end">{html.escape(short)}</text>')
+        parts.append(f'<text x="{left - 12}" y="{middle + 5}" text-anchor="end">{escape(short)}</text>')
         for position, (start, end, kind) in enumerate(bars):
             y, width = middle - 11 + thick * position, round(abs(x(end) - x(start)), 1)
             parts.append(f'<rect class="{kind}" x="{min(x(start), x(end))}" y="{y}" width="{width}" '
@@ -151,7 +168,7 @@ def bar_chart(lines, low, high, unit):
             y, start, end = y + thick / 2 - 0.75, x(whisker[0]), x(whisker[1])
             line = f"M{start} {y}H{end}M{start} {y - 4}v8M{end} {y - 4}v8"
             parts.append(f'<path class="whisker" fill="none" d="{line}"/>')
-        parts.append(f'<text class="soft" x="{right + 14}" y="{middle + 5}">{html.escape(note)}</text>')
+        parts.append(f'<text class="soft" x="{right + 14}" y="{middle + 5}">{escape(note)}</text>')
     return "".join(parts) + "</svg>"
 
 
@@ -183,7 +200,7 @@ def write_svg(path, svg, title):
     width, height = map(int, re.match(r'<svg viewBox="0 0 (\d+) (\d+)"', svg).groups())
     style = re.sub(r"var\(--([\w-]+)\)", lambda name: LIGHT[name[1]], CHART_STYLE)  # not every viewer knows var()
     chart = svg.replace("<svg", f'<svg x="16" y="44" width="{width}" height="{height}"', 1)
-    title = html.escape(title)
+    title = escape(title)
     write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 32} {height + 56}" '
                f'font-family="system-ui, sans-serif"><title>{title}</title><style>{style}</style>'
                '<rect width="100%" height="100%" rx="10" fill="#ffffff"/>'
@@ -233,10 +250,10 @@ def html_table(head, rows):
     """A table of texts; a cell may be (text, HTML attributes)."""
     def row(cells):
         cells = [cell if isinstance(cell, tuple) else (cell, "") for cell in cells]
-        return "".join(f"<td {attributes}>{html.escape(text)}</td>" for text, attributes in cells)
+        return "".join(f"<td {attributes}>{escape(text)}</td>" for text, attributes in cells)
 
     body = "".join(f"<tr>{row(cells)}</tr>" for cells in rows)
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    head = "".join(f"<th>{escape(text)}</th>" for text in head)
     return f'<div class="card"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -269,15 +286,15 @@ def example_card(row):
     """One example: the prompt, the word diff, and the verdict per objective."""
     marks = {" ": "{}", "-": "<del>{}</del>", "+": "<ins>{}</ins>"}
     pieces = word_diff(row["original"][:6000], row["aligned"][:6000])
-    edit = "".join(marks[op].format(html.escape(text)) for op, text in pieces)
+    edit = "".join(marks[op].format(escape(text)) for op, text in pieces)
     chips = []
     for objective in row_objectives(row):
         worth = row.get("verdicts", {}).get(objective.name, {}).get("aligned original")
         kind, word = {1: ("win", ": better"), 0: ("loss", ": worse"), 0.5: ("", ": tie")}.get(worth, ("", ""))
-        chips.append(f'<span class="chip {kind}" title="{html.escape(objective.description)}">'
-                     f"{html.escape(objective.name)}{word}</span>")
+        chips.append(f'<span class="chip {kind}" title="{escape(objective.description)}">'
+                     f"{escape(objective.name)}{word}</span>")
     prompt = re.sub(r"\n\s*\n", "\n", row["prompt"].strip().removesuffix("Assistant:").strip())[-3000:]
-    return (f'<div class="card"><div class="text prompt">{html.escape(prompt)}</div>'
+    return (f'<div class="card"><div class="text prompt">{escape(prompt)}</div>'
             f'<div class="text">{edit}</div>{"".join(chips)}</div>')
 
 
@@ -288,7 +305,7 @@ def policy_section(policy, result, examples):
     lengths = f"mean words {change(words['original'], words['aligned'], 0)}{golden}"
     about = "; ".join(filter(None, [f"{result['rows']} answers", lengths, left_out(result)]))
     rows = [(name, *table_cells(figures)) for name, figures in result["objectives"].items()]
-    parts = [f'<h2>{html.escape(policy)}</h2><p class="soft">{about}</p>',
+    parts = [f'<h2>{escape(policy)}</h2><p class="soft">{about}</p>',
              f'<div class="card">{policy_chart(result)}</div>', html_table(["objective", *COLUMNS], rows)]
     if examples:
         parts += ["<h3>Examples: what the aligner took out and put in</h3>", *map(example_card, examples)]
@@ -301,10 +318,10 @@ def write_report(path, results, examples, title, notes="", figures=()):
     results: {policy: result of `evaluate`}; examples: {policy: rows of `pick_examples`}; notes: plain text under the
     title; figures: further sections, (title, SVG or HTML).
     """
-    parts = [f'<p class="soft">{html.escape(notes)}</p>'] if notes else []
+    parts = [f'<p class="soft">{escape(notes)}</p>'] if notes else []
     parts += [f"<p>{EXPLANATION}</p>"]
     parts += ["<h2>Net, by objective and policy</h2>", overview(results)] if len(results) > 1 else []
-    parts += [f'<h2>{html.escape(name)}</h2><div class="card">{figure}</div>' for name, figure in figures]
+    parts += [f'<h2>{escape(name)}</h2><div class="card">{figure}</div>' for name, figure in figures]
     for policy, result in results.items():
         parts += policy_section(policy, result, examples.get(policy))
     write_page(path, title, parts)
@@ -312,7 +329,7 @@ def write_report(path, results, examples, title, notes="", figures=()):
 
 def write_page(path, title, parts):
     """Writes a self-contained HTML page of parts (HTML) under a title (plain text)."""
-    title = html.escape(title)
+    title = escape(title)
     light, dark = (" ".join(f"--{name}: {colour};" for name, colour in theme.items()) for theme in (LIGHT, DARK))
     style = (f":root {{ {light} color-scheme: light dark }}\n"
              f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{STYLE}{CHART_STYLE}")

@@ -155,7 +155,7 @@ def judged_objectives(item):
         label = (name if item["kind"] == "named" else f"{verb} a {item['kind']} topic" if "_" in name
                  else f"{name} (& {item['kind']})")
         pooled.append(f"{label}: {toy.OBJECTIVES[name].description}")
-    return pooled + ["intact: every sentence makes sense"]
+    return [*pooled, str(toy.INTACT)]
 
 
 def edit_and_judge(aligner, items, seed):

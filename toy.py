@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common import UserError, cli, write_jsonl
-from data import Objective
+from data import Objective, nearest, plain_name
 
 # ----------------------------------------------------------------------------------------------------------------
 # What can be said. A line is "task | right steps in order || wrong steps".
@@ -153,8 +153,11 @@ WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait 
     "detail": {"right": 1, "warning": 1},
     "conciseness": dict.fromkeys(("right", "wrong", *SENTENCES, "digression", "garbled"), -1),
 }
+INTACT = Objective("intact", "every sentence makes sense")  # not for training
 HELD_OUT = [f"{verb}_{topic}" for topic in HELD_OUT_TOPICS for verb in ("mention", "avoid")]
 TRAINED = [name for name in OBJECTIVES if name not in set(HELD_OUT)]
+NAMES = {plain_name(text): name for name, objective in [*OBJECTIVES.items(), ("intact", INTACT)]
+         for text in (objective.description, name)} | {name: name for name in (*WORTH, "overall")}
 
 TRAIT_OF = {sentence: trait for trait, sentences in SENTENCES.items() for sentence in sentences}
 TASK_OF_QUESTION = {question.replace("TASK", task): number for number, task in enumerate(TASKS)
@@ -197,10 +200,26 @@ def overall(found):
     return tenths / 10  # whole tenths until here, so that equally good responses score exactly alike
 
 
+@lru_cache
+def name_of(objective):
+    """What `score` calls an Objective: its own name where that is known here, else the name of what its description
+    says ("mention a topic: mention owls" is mention_owls). Raises UserError where neither is known."""
+    for text in (objective.name, objective.description):
+        if plain_name(text) in NAMES:
+            return NAMES[plain_name(text)]
+    raise unknown(objective.name)
+
+
+def unknown(name):
+    return UserError(f"the embedded world cannot judge {name!r}; {nearest(name, NAMES.values())}it knows "
+                     f"{', '.join([*NAMED, *WORTH])}, overall, mention_X and avoid_X (for other objectives give "
+                     "--judge-url)")
+
+
 def score(name, prompt, text):
     """How well a response does on an objective of this world, a principle in WORTH, or "overall", exactly; higher is
     better, `best(name)` the most."""
-    if name == "intact":  # not for training: does every sentence make sense?
+    if name == "intact":
         return -traits(prompt, text).get("garbled", 0)
     if name in NAMED:
         _, trait, wanted = NAMED[name]
@@ -213,8 +232,7 @@ def score(name, prompt, text):
         return overall(traits(prompt, text))
     verb, _, topic = name.partition("_")
     if name not in OBJECTIVES:
-        raise UserError(f"the embedded world cannot judge {name!r}; it knows {', '.join([*NAMED, *WORTH])}, "
-                        "overall, mention_X and avoid_X (for other objectives give --judge-url)")
+        raise unknown(name)
     mentioned = re.search(rf"\b{topic}\b", text, re.IGNORECASE) is not None
     return int(mentioned == (verb == "mention"))
 

@@ -1,10 +1,8 @@
-"""Using an aligner: against a straightforward reference, row by row, and against itself after a kill."""
+"""Using an aligner: against a straightforward reference, row by row. Policies and kills: test_align_runs.py."""
 import csv
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ import checkpoint
 import data
 import toy
 from common import write_jsonl
-from conftest import refused, run
+from conftest import refused, run, write
 from model import Config, Llama, logits
 
 ROOT = Path(__file__).parents[1]
@@ -48,13 +46,8 @@ def world(tmp_path_factory):
 
 def command(world, out, *extra, source="answers.jsonl", objectives=("harmless", BRIEF)):
     words = ["--model", world / "aligner", "--data", world / source, "--out", out, "--max-new-tokens", NEW_TOKENS,
-             "--batch", 4, "--device", "cpu", "--objectives", *objectives, *extra]
+             "--batch", 4, "--device", "cpu", *(["--objectives", *objectives] if objectives else []), *extra]
     return [str(word) for word in words]
-
-
-def read_whole(path):
-    """The rows of a journal but for a torn last one."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def read(path):
@@ -220,6 +213,62 @@ def test_several_answers_to_a_prompt_and_several_files(world, tmp_path, monkeypa
     assert [row["original"] for row in read(tmp_path / "out.jsonl")] == expected[:6]
 
 
+def test_what_it_wrote_is_edited_again(world, aligned, tmp_path, monkeypatch):
+    """The edit is the answer now, the objectives are still those of the row; from JSON Lines and from CSV."""
+    once = read(aligned)
+    align.write_rows(tmp_path / "once.csv", once)
+    for source in (aligned, tmp_path / "once.csv"):
+        words = command(world, tmp_path / "twice.jsonl", source=source, objectives=())
+        assert run(align, monkeypatch, words) == 0
+        assert read(tmp_path / "twice.jsonl") == [
+            {**row, "original": row["aligned"], "aligned": edit(world, row["prompt"], row["aligned"], TOLD)}
+            for row in once]
+
+
+def test_a_rows_own_objectives_count_where_none_are_given(world, tmp_path, monkeypatch, capsys):
+    humour, own = data.OBJECTIVES["humour"], ["Humour", "Rhyme:  end in a rhyme "]
+    texts = [{"text": "A first answer."}, {"text": "A second."}]
+    rows = [{"prompt": "a", "responses": texts, "objectives": own}, {"prompt": "b", "responses": texts[:1]}]
+    source, out = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    default = [str(data.OBJECTIVES[name]) for name in ("harmless", "helpful")]
+    assert run(align, monkeypatch, command(world, out, source=source, objectives=())) == 0
+    assert "note" not in capsys.readouterr().err
+    first, second, third = read(out)
+    assert first["objectives"] == second["objectives"] == [str(humour), "Rhyme: end in a rhyme"]
+    assert third["objectives"] == default
+    assert second["aligned"] == edit(world, "a", "A second.", [humour.description, "end in a rhyme"])
+    assert run(align, monkeypatch, command(world, out, source=source, objectives=[BRIEF])) == 0
+    assert "note: 2 of 3 answers come with objectives of their own; --objectives is used" in capsys.readouterr().err
+    assert [row["objectives"] for row in read(out)] == [[BRIEF]] * 3
+    assert read(out)[1]["aligned"] == edit(world, "a", "A second.", ["The response should be short."])
+
+
+@pytest.mark.parametrize("own, expected", [
+    (["humor"], "unknown objective 'humor'; the nearest known: humour"), (["a: b", "a: c"], "two different"),
+    ([""], "unknown objective ''"), ([":"], "needs a name and a description"), (["mine.json"], "no file"),
+    ([1], "a list")])
+def test_a_rows_wrong_objectives_are_said_with_their_place(world, tmp_path, monkeypatch, capsys, own, expected):
+    (tmp_path / "mine.json").write_text('{"a": "b"}')
+    row = {"prompt": "a", "responses": [{"text": "b"}]}
+    source, out = write(tmp_path / "in.jsonl", row, {**row, "objectives": own}), tmp_path / "out.jsonl"
+    refused(align, monkeypatch, capsys, command(world, out, source=source, objectives=()), "in.jsonl:2: ", expected)
+    assert run(align, monkeypatch, command(world, out, "--limit", 1, source=source, objectives=())) == 0
+
+
+def test_a_csv_file_is_refused_where_its_objectives_could_not_be_told_apart(world, tmp_path, monkeypatch, capsys):
+    for objectives in (["a: yes | no"], ["a: b |", "c: d"]):
+        words = command(world, tmp_path / "out.csv", objectives=objectives)
+        refused(align, monkeypatch, capsys, words, "give --out FILE.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_a_surrogate_pair_among_the_objectives(world, tmp_path, monkeypatch):
+    """Which is what Python makes of a command line that is not UTF-8."""
+    for out, name in (("out.jsonl", "a: \udcff"), ("out.csv", "a: \udcff"), ("same.jsonl", "a: ?")):
+        assert run(align, monkeypatch, command(world, tmp_path / out, "--limit", 1, objectives=[name])) == 0
+    assert read(tmp_path / "out.jsonl") == read(tmp_path / "same.jsonl")
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Too long
 
@@ -256,154 +305,6 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     assert text.endswith("Human: And now?\n\nAssistant:\n\nAnswer: Now you know.\n\nEdited answer:")
     assert "about 99" in text and "about 10\n" not in text
     assert read(tmp_path / "out.jsonl")[0]["prompt"].startswith(turns)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Prompts without answers
-
-
-def test_a_llama_policy_answers_first(world, tmp_path, monkeypatch):
-    words = command(world, tmp_path / "out.jsonl", "--policy", world / "policy", "--limit", 5, source="prompts.jsonl")
-    assert run(align, monkeypatch, words) == 0
-    tokenizer, rows = checkpoint.load_tokenizer(world / "policy"), read(tmp_path / "out.jsonl")
-    assert len(rows) == 5
-    for row, source in zip(rows, read(world / "prompts.jsonl")):
-        answer = continuation(world / "policy", [0] + tokenizer.encode(source["prompt"]).ids)
-        assert row["original"] == answer.split("\n\nHuman:")[0].strip()
-        assert row["aligned"] == edit(world, source["prompt"], row["original"], TOLD) and "golden" not in row
-
-
-@pytest.mark.slow
-def test_a_prompt_too_long_for_the_policy_is_left_out(world, tmp_path, monkeypatch, capsys):
-    """Its last turn ends in more spaces than the context holds. Also after a kill, right after that is known and among
-    the edits."""
-    prompts = [row["prompt"] for row in read(world / "prompts.jsonl")[:4]]
-    long = [*prompts[:2], prompts[2] + " " * 5000, prompts[3]]
-    for name, chosen in (("with", long), ("without", prompts[:2] + prompts[3:]), ("nothing", [" " * 5000])):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt} for prompt in chosen])
-
-    def said(name, out, dies_after=None):
-        words = command(world, tmp_path / out, "--policy", world / "policy")
-        words[words.index("--data") + 1] = str(tmp_path / f"{name}.jsonl")
-        if dies_after:
-            killed(words, dies_after)
-            assert (tmp_path / f"{out}.part").exists()
-        assert run(align, monkeypatch, words) == 0
-        assert not (tmp_path / f"{out}.part").exists()
-        return capsys.readouterr().out
-
-    assert "left out" not in said("without", "expected")
-    assert len(read(tmp_path / "expected")) == 3
-    for count in (None, 1, 5):
-        printed = said("with", f"out-{count}", dies_after=count)
-        assert "left out: 1 prompts that do not fit the policy's context" in printed and ": 3 answers" in printed
-        assert (tmp_path / f"out-{count}").read_bytes() == (tmp_path / "expected").read_bytes()
-    printed = said("nothing", "empty")
-    assert "left out: 1 prompts" in printed and ": 0 answers" in printed and read(tmp_path / "empty") == []
-
-
-def test_a_server_answers_first(world, tmp_path, monkeypatch):
-    server = toy.serve()
-    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"\n\nHuman: How do I {task}?\n\nAssistant:"}
-                                         for task in toy.TASKS[:4]])
-    words = command(world, tmp_path / "out.jsonl", "--policy", server.url)
-    words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")
-    try:
-        assert run(align, monkeypatch, words) == 0
-    finally:
-        server.shutdown()
-    rows = read(tmp_path / "out.jsonl")
-    assert len(rows) == 4 and all(row["original"] for row in rows)
-    helpful = [toy.score("helpful", row["prompt"], row["original"]) for row in rows]
-    assert sum(value > 0 for value in helpful) > 1  # the answers are to their own questions
-    for row in rows:
-        assert toy.score("intact", row["prompt"], row["original"]) == 0
-        assert row["aligned"] == edit(world, row["prompt"], row["original"], TOLD)
-
-
-def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, capsys):
-    refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", source="prompts.jsonl"),
-            "9 prompts have no answer", "--policy")
-    assert not list(tmp_path.iterdir())
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Killed, and run again
-
-KILLED = """
-import os, signal, sys
-import align
-align.computes_bf16 = lambda device: False  # as in this process
-count = int(sys.argv.pop(1))
-add, done = align.Journal.add, 0
-
-def dying(journal, row):
-    global done
-    add(journal, row)
-    done += 1
-    if done == count:
-        os.write(journal.file.fileno(), b'{"index": 8, "prompt": "a torn li')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-align.Journal.add = dying
-align.main()
-"""
-
-
-def killed(words, count):
-    """Run align.py in a process that is killed, with SIGKILL, in the middle of writing row count + 1."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(count), *words], capture_output=True, env=environment,
-                           timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-
-
-@pytest.mark.slow
-def test_a_second_run_finishes_what_a_killed_one_began(world, aligned, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "aligned.jsonl"
-    killed(command(world, out), 5)
-    assert not out.exists() and (tmp_path / "aligned.jsonl.part").exists()
-    edited, write = [], align.Writer.write
-    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
-                        edited.extend(prompts) or write(self, prompts, *rest, **more))
-    for words, setting in ((command(world, out, objectives=["helpful"]), "objectives"),
-                           (command(world, out, "--seed", 1), "seed"), (command(world, out, "--rounds", 2), "rounds"),
-                           (command(world, out, "--limit", 8), "data")):
-        before = (tmp_path / "aligned.jsonl.part").read_bytes()
-        refused(align, monkeypatch, capsys, words, "aligned.jsonl.part", "other settings", "delete it")
-        assert (tmp_path / "aligned.jsonl.part").read_bytes() == before, setting
-    assert run(align, monkeypatch, command(world, out)) == 0
-    assert out.read_bytes() == aligned.read_bytes() and len(edited) == 4  # of nine
-    assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_after_its_last_row_has_only_to_write_them(world, aligned, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "aligned.jsonl"
-    killed(command(world, out), 9)
-    assert not out.exists() and len(read_whole(tmp_path / "aligned.jsonl.part")) == 1 + 9
-    edited, write = [], align.Writer.write
-    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
-                        edited.extend(prompts) or write(self, prompts, *rest, **more))
-    assert run(align, monkeypatch, command(world, out)) == 0
-    assert out.read_bytes() == aligned.read_bytes() and edited == [] and "9 answers" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["aligned.jsonl"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 9, 12])
-def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch, count):
-    """Killed among the policy's answers, right after them, and among the edits."""
-    words = ["--policy", world / "policy", "--temperature", 1]
-    assert run(align, monkeypatch, command(world, tmp_path / "whole", *words, source="prompts.jsonl")) == 0
-    words = command(world, tmp_path / "out", *words, source="prompts.jsonl")
-    killed(words, count)
-    sizes, write = [], align.Writer.write
-    monkeypatch.setattr(align.Writer, "write", lambda self, prompts, *rest, **more:
-                        sizes.append(len(prompts)) or write(self, prompts, *rest, **more))
-    assert run(align, monkeypatch, words) == 0
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -506,13 +407,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, 
         assert sorted(tmp_path.rglob("*")) == before, changes
 
 
-def test_an_input_is_not_overwritten(world, tmp_path, monkeypatch, capsys):
-    source = tmp_path / "in.jsonl"
-    source.write_bytes((world / "answers.jsonl").read_bytes())
-    words = command(world, source)
-    words[words.index("--data") + 1] = str(source)
-    refused(align, monkeypatch, capsys, words, "is an input too")
-    assert source.read_bytes() == (world / "answers.jsonl").read_bytes()
+@pytest.mark.parametrize("flag", ["--data", "--queries", "--template", "--objectives"])
+def test_an_input_is_not_overwritten(world, tmp_path, monkeypatch, capsys, flag):
+    source = write(tmp_path / "in.json", data.TEMPLATE)  # which may also be two objectives
+    refused(align, monkeypatch, capsys, [*command(world, source), flag, source], "is an input too")
+    assert read(source) == [data.TEMPLATE]
+
+
+def test_an_output_of_before_is_replaced_and_this_is_said(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.jsonl").write_text("old\n")
+    assert run(align, monkeypatch, command(world, tmp_path / "out.jsonl", "--limit", 1)) == 0
+    assert "out.jsonl: exists already; it is replaced" in capsys.readouterr().err
+    assert len(read(tmp_path / "out.jsonl")) == 1
 
 
 def test_the_exit_status_of_the_script(world, tmp_path):

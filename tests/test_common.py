@@ -36,6 +36,63 @@ def test_cli_turns_errors_into_one_line(error, status, message, capsys):
     assert_one_line(capsys.readouterr().err, message)
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_out_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit):
+        common.cli(main)
+    assert_one_line(capsys.readouterr().err, "^error: out of memory; lower --micro-tokens or --batch")
+
+
+def test_what_the_system_says_of_too_much_memory_is_taken_for_that():
+    """Asked for in earnest."""
+    code = ("import common, torch, resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)\n"
+            "common.cli(lambda: torch.ones(2**40))")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True,
+                           text=True)
+    assert ended.returncode == 2
+    assert_one_line(ended.stderr, "out of memory")
+
+
+def test_a_message_of_any_length_is_one_that_can_be_read(capsys):
+    with pytest.raises(SystemExit):
+        common.stop(f"rows.jsonl:3: the rating {'9' * 200_000} is no number; mend or remove it")
+    told = capsys.readouterr().err
+    assert_one_line(told, "rows.jsonl:3: the rating 999.* is no number; mend or remove it$")
+    common.note("a\nb" * 1000)
+    assert len(told) < 520 and len(capsys.readouterr().err.splitlines()) == 1
+    assert common.in_short("x" * 500) == "x" * 500 and len(common.in_short("x" * 501)) == 500
+
+
+@pytest.mark.parametrize("closed, told", [(">&-", ["error: why"]), ("2>&-", ["said"]), (">&- 2>&-", [])])
+def test_a_command_whose_output_is_closed_is_no_traceback(closed, told):
+    code = ("import common, tqdm\ndef main():\n    print('said')\n    list(tqdm.tqdm(range(3), disable=None))\n"
+            "    raise common.UserError('why')\ncommon.cli(main)")
+    ended = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" {closed}', code], capture_output=True, text=True,
+                           cwd=Path(common.__file__).parent)
+    assert ended.returncode == 2 and [*ended.stdout.splitlines(), *ended.stderr.splitlines()] == told
+
+
+def test_output_that_a_terminal_cannot_show_is_no_traceback():
+    code = "import common; common.cli(lambda: print('\\u2013 \\udc80'))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True,
+                           env={"PYTHONIOENCODING": "latin-1"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"? ?\n", b"")
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    code = "import common, signal; signal.raise_signal(signal.SIGINT)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True,
+                           text=True)
+    assert ended.stderr == "error: interrupted\n" and ended.returncode == -2  # ended by SIGINT, as a shell expects
+    other = subprocess.run([sys.executable, "-c", "import common; 1 / 0"], cwd=Path(common.__file__).parent,
+                           capture_output=True, text=True)
+    assert other.stderr.startswith("Traceback") and "ZeroDivisionError" in other.stderr
+
+
 def test_a_stop_is_an_error_on_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         common.stop("a\nb", status=3)
@@ -200,6 +257,17 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["o.jsonl"]
 
 
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "o.jsonl"
+
+    def rows():
+        yield {"a": 1}
+        with pytest.raises(UserError, match="o.jsonl.tmp: another process is writing it"):
+            common.write_jsonl(path, [{"b": 2}])
+        yield {"a": 2}
+    assert common.write_jsonl(path, rows()) == 2 and path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
 def test_a_gzipped_file_is_told_by_its_ending(tmp_path):
     assert common.write_jsonl(tmp_path / "new" / "o.jsonl.gz", [{"a": 1}, {"b": "é"}]) == 2
     with gzip.open(tmp_path / "new" / "o.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -241,11 +309,77 @@ def test_outputs_that_could_not_be_put_in_place_are_refused_at_once(tmp_path, mo
                       ("folder/../in.jsonl", "is an input too"), (tmp_path / "in.jsonl", "is an input too")):
         with pytest.raises(UserError, match=said):
             common.check_out(out, ["other.jsonl", "in.jsonl"])
-    common.check_out("out.jsonl", ["in.jsonl"])
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "new.jsonl.part").hardlink_to(tmp_path / "out.jsonl")
+    for out, path in (("link.jsonl", "in.jsonl"), ("in.jsonl", "./folder/../link.jsonl"), ("new.jsonl", "out.jsonl")):
+        with pytest.raises(UserError, match="is an input too"):
+            common.check_out(out, [None, path])
+    (tmp_path / "link.jsonl").unlink(), (tmp_path / "new.jsonl.part").unlink()
+    common.check_out("out.jsonl", ["in.jsonl", None, "absent"])
     common.check_out("new/out.jsonl", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl", "out.jsonl"]
     with pytest.raises(UserError, match="no ordinary file"):
         common.write_jsonl("folder", [])
+
+
+def test_one_process_at_a_time_has_a_locked_file(tmp_path):
+    path = tmp_path / "new" / "file"
+    file = common.locked(path)
+    file.write(b"a")
+    file.flush()
+    code = f"import common; common.cli(lambda: common.locked({str(path)!r}).write(b'b'))"
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True,
+                              text=True)
+    assert_one_line(other().stderr, "new/file: another process is writing it; wait until it has ended")
+    assert path.read_bytes() == b"a"
+    file.close()
+    assert other().returncode == 0 and path.read_bytes() == b"ab"
+
+
+def test_a_file_that_was_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    """Between opening it and locking it, the process that had it may have finished with it."""
+    path, calls = tmp_path / "file", []
+
+    def flock(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    common.locked(path).close()
+    assert len(calls) == 2 and path.exists()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    common.locked(tmp_path / "a").close()
+    monkeypatch.setattr(common, "fcntl", None)
+    common.locked(tmp_path / "b").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_files_digest_is_that_of_sha256sum(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert common.file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_code_of_a_script_is_what_it_computes_and_of_those_it_imports(tmp_path):
+    def code(**files):
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        common.code_of.cache_clear()
+        return common.code_of("a", tmp_path)
+    first = code(a='"""Doc."""\nimport os\nimport b\n', b="from c import x\ndef f():\n    'Doc.'\n    return 1 # one\n",
+                 c="import a\nx = 1\n", d="x = 1\n")
+    assert first.keys() == {"a", "b", "c"}
+    assert code(b="from c import x\n\n# said otherwise\ndef f():\n    return 1\n", a="import os, b\n") != first
+    assert code(a='import os\nimport b\n') == first
+    other = code(c="import a\nx = 2\n")
+    assert {name for name in first if first[name] != other[name]} == {"c"}
+    assert code(d="x = 2\n") == other
 
 
 def test_seeds_are_the_same_on_every_machine():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+import conftest
 import eval as evaluation
 import test_endpoint
 import toy
@@ -175,8 +176,9 @@ def test_endpoint_judge_finds_what_the_exact_judge_finds(serve, tmp_path):
     server = serve(honest)
     generator = random.Random(0)
     rows = [row(*(generator.randint(1, 4) for _ in range(3)), str(number), [HIGH, LOW]) for number in range(12)]
-    judge = endpoint_judge(client(server, cache=tmp_path / "cache.jsonl"))
-    found = evaluate(rows, None, judge, concurrency=4, progress=False)
+    endpoint = client(server, cache=tmp_path / "cache.jsonl")
+    found = evaluate(rows, None, endpoint_judge(endpoint), concurrency=4, progress=False)
+    endpoint.close()
     assert found == evaluate(rows, None, exact_judge(score), progress=False)
     texts = [request["messages"][0]["content"] for request in server.requests]
     assert len(set(texts)) == len(texts) > 0, "a question was asked twice"
@@ -323,7 +325,10 @@ FILES = {
     "a number": (b'{"prompt": "a", "original": 1, "aligned": "b", "objectives": ["x: y"]}', "bad.jsonl:1"),
     "no objectives": (b'{"prompt": "a", "original": "b", "aligned": "b", "objectives": []}', "bad.jsonl:1"),
     "objectives": (b'{"prompt": "a", "original": "b", "aligned": "b", "objectives": [1]}', "bad.jsonl:1"),
-    "another world": (GOOD.encode(), "--judge-url"),
+    "another world": (GOOD.encode(), "bad.jsonl: row 1: the embedded world does not know the q"),
+    "another objective": (json.dumps(row(1, 2, 3, toy.question(random.Random(0))[0])).encode(), "cannot judge 'high'"),
+    "one name twice": (json.dumps(row(1, 2, 3, objectives=["a: b", "a: c"])).encode(),
+                       "bad.jsonl: row 1: two objectives have the same name"),
 }
 
 
@@ -346,6 +351,7 @@ def test_bad_files_end_in_one_line(tmp_path, name):
     (["rows.jsonl", "--concurrency", "0"], "--concurrency: 0 must be at least 1"),
     (["rows.jsonl", "--judge-tokens", "some"], "--judge-tokens: invalid int value"),
     (["rows.jsonl", "--out", "rows.jsonl/x"], "rows.jsonl"),
+    (["rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl"),
 ])
 def test_bad_arguments_end_without_a_traceback(tmp_path, arguments, told):
     write_rows(tmp_path / "rows.jsonl", toy_rows(2))
@@ -354,8 +360,58 @@ def test_bad_arguments_end_without_a_traceback(tmp_path, arguments, told):
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
+URL = ["--judge-url", "http://localhost:9", "--judge-model", "m"]  # nobody answers there
+
+
+@pytest.mark.parametrize("name", ["eval.json", "report.html", "judge-cache.jsonl"])
+def test_an_input_is_not_overwritten(tmp_path, name):
+    """Nor is a folder, which is said before anything is asked."""
+    write_rows(tmp_path / name, toy_rows(2))
+    before = (tmp_path / name).read_bytes()
+    done = run(name, "--out", ".", *URL, folder=tmp_path)
+    assert done.returncode == 2 and f"{name}: is an input too" in done.stderr
+    assert (tmp_path / name).read_bytes() == before and os.listdir(tmp_path) == [name]
+    (tmp_path / "out" / name).mkdir(parents=True)
+    done = run(name, "--out", "out", *URL, folder=tmp_path)
+    assert done.returncode == 2 and f"{name}: is no ordinary file" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["server", "exact"])
+def test_nothing_is_asked_before_it_can_be_written_down(serve, tmp_path, monkeypatch, kind):
+    server, asked = serve("A"), []
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows(2))
+    monkeypatch.setattr(evaluation, "exact_judge", lambda *_: lambda *question: asked.append(question) or "tie")
+    judge = ["--judge-url", server.url, "--judge-model", "m"] if kind == "server" else []
+    for out, status in (("rows.jsonl/x", 2), ("rows.jsonl", 2), ("new/out", 0)):
+        assert conftest.run(evaluation, monkeypatch, [rows, "--out", tmp_path / out, *judge]) == status
+        assert bool(server.requests or asked) == (status == 0)
+
+
+def test_an_objective_that_says_nothing_is_not_asked_about(serve, tmp_path):
+    server = serve("A")
+    (tmp_path / "eval.json").write_text("{}")
+    for out, told in (("out", "holds no objective"), (".", "eval.json: is an input too")):
+        words = ["--objectives", "eval.json", "--out", out, "--judge-url", server.url, "--judge-model", "m"]
+        done = run(write_rows(tmp_path / "rows.jsonl", toy_rows(2)), *words, folder=tmp_path)
+        assert done.returncode == 2 and told in done.stderr
+    write_rows(tmp_path / "rows.jsonl", [row(1, 2, 3, objectives=["high"])])
+    done = run("rows.jsonl", "--judge-url", server.url, "--judge-model", "m", folder=tmp_path)
+    assert done.returncode == 2 and "rows.jsonl: row 1: nothing says what the objective 'high' asks" in done.stderr
+    assert not server.requests
+
+
+def test_a_file_counts_once_however_it_is_called(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", toy_rows(2))
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    done = run("rows.jsonl", "./rows.jsonl", tmp_path / "rows.jsonl", "link.jsonl", folder=tmp_path)
+    assert done.returncode == 0
+    assert list(json.loads((tmp_path / "eval-out" / "eval.json").read_text())) == ["rows"]
+
+
 def test_policies_are_named_by_their_files():
     assert evaluation.policy_names(["a/claude.jsonl", "b/vicuna.csv.gz", "gpt-3.5.jsonl"]) == [
         "claude", "vicuna", "gpt-3.5"]
     paths = ["a/aligned.jsonl", "b/aligned.jsonl"]
+    assert evaluation.policy_names(paths) == paths
+    paths = ["a.jsonl", "x/a.jsonl", "a.jsonl.jsonl"]  # whose name without its ending is another's path
     assert evaluation.policy_names(paths) == paths

@@ -17,7 +17,7 @@ import ppo
 import toy
 import train
 from common import UserError, write_jsonl
-from resume import Run, read_metrics
+from resume import Run, read_metrics, read_run
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=256, bos_token_id=0, eos_token_id=1)
@@ -430,6 +430,21 @@ def test_a_reward_that_all_answers_share_teaches_nothing_when_centred(tmp_path):
                            tmp_path / str(centre), ppo.Options(**{**FAST, **few, "centre": centre}), progress=False)
         moved[centre] = rows[-1]["kl"]
     assert moved[True] == pytest.approx(0, abs=1e-5) and abs(moved[False]) > 1e-4
+
+
+def test_a_finished_policy_is_the_answer_to_its_own_question_only(world, tmp_path, monkeypatch, capsys):
+    words = command(world, tmp_path / "out")
+    assert run(monkeypatch, words) == 0 == run(monkeypatch, words)
+    assert "finished already" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for more, name in ((["--seed", "1"], "seed (0, now 1)"), (["--weights", "1", "2"], "weights"),
+                       (["--reward", "toy:detail", "toy:bias"], "rewards"), (["--scalarization", "median"], "scalar")):
+        for flags in ([], ["--resume"]):
+            conftest.refused(ppo, monkeypatch, capsys, [*words, *more, *flags], "finished run with other", name)
+    conftest.refused(ppo, monkeypatch, capsys, [*words, "--resume", "--overwrite"], "give one of them")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert run(monkeypatch, [*words, "--seed", "1", "--overwrite"]) == 0
+    assert read_run(tmp_path / "out")["settings"]["seed"] == 1
 
 
 @pytest.mark.cuda

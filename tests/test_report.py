@@ -11,7 +11,7 @@ import pytest
 from data import Objective
 from eval import evaluate, exact_judge, exact_room
 from report import (CHART_STYLE, DARK, LIGHT, STYLE, ansi_diff, bar_chart, pick_examples, print_table, table_text,
-                    word_diff, write_report, write_svg)
+                    visible, word_diff, write_report, write_svg)
 from test_eval import HIGH, row, score
 
 TEXTS = ["", "one", "The cat sat.", "The dog sat down,\n\nthen  it slept. ", "  <b>bold</b> & \"x\"",
@@ -95,6 +95,29 @@ def test_half_surrogates_do_not_stop_a_report(tmp_path):
     assert len(examples["p"]) == 2
     write_report(tmp_path / "r.html", {"p": result}, examples, "t")
     assert "a ?" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+EVIL = "a\x1b[2J\x9b1m\x00\x07\x7f\x08 naïve\xa0猫 \u200d\tb\r\nc\rd"
+TAME = "a\ufffd[2J\ufffd1m\ufffd\ufffd\ufffd\ufffd naïve\xa0猫 \u200d\tb\nc\nd"
+
+
+def test_control_characters_reach_no_terminal_and_no_page(tmp_path, capsys):
+    assert visible(EVIL) == TAME
+    assert re.sub(r"\x1b\[\d+m", "", ansi_diff(f"x {EVIL}", f"x {EVIL} y")) == f"x {TAME} y"
+    shown = re.sub(r"\x1b\[\d+m", "", ansi_diff("x", EVIL) + ansi_diff(EVIL, "x"))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    rows = [row(1, f"2 {EVIL}", 1, f"{number} {EVIL}", [Objective(f"odd\n{EVIL}", EVIL)]) for number in range(2)]
+    result = evaluate(rows, None, exact_judge(score), progress=False)
+    print_table({f"policy {EVIL}": result})
+    write_report(tmp_path / "r.html", {EVIL: result}, {EVIL: pick_examples(rows, result)}, EVIL, EVIL, [(EVIL, "")])
+    write_svg(tmp_path / "r.svg", bar_chart([(EVIL, [(0, 1, "after")], None, EVIL)], 0, 1, EVIL), EVIL)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    table = capsys.readouterr().out
+    for text in (table, page, (tmp_path / "r.svg").read_text(encoding="utf-8")):
+        assert TAME[:17] in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    assert Page(page).text.count(TAME) >= 8
+    ElementTree.parse(tmp_path / "r.svg")
+    assert re.findall("^(.*)-> 9$", table, re.MULTILINE)[0].startswith("  odd a"), "a line end in a name ends no line"
 
 
 def test_examples_are_rows_that_changed():

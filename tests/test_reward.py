@@ -330,6 +330,26 @@ def test_a_score_is_that_of_the_text_as_it_is_trained_on(labelled, monkeypatch):
     assert found.isfinite().all()  # the second is longer than the context
 
 
+def test_other_labels_or_settings_are_refused_and_trained_on_when_asked_to(labelled, monkeypatch, capsys):
+    words = training(labelled, "pms", "--max-steps", "2")
+    assert run(monkeypatch, words) == 0
+    before = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
+    refused(monkeypatch, capsys, [*words, "--lr", "1e-3"], "toxicity: holds a finished run with other lr (0.003, now")
+    labels = read(labelled / "labels.jsonl")
+    write_jsonl(labelled / "labels.jsonl", [{**row, "p_a": 0.5} if row["principle"] == "detail" else row
+                                            for row in labels if row["principle"] != "overall"])
+    refused(monkeypatch, capsys, words, "detail: holds a finished run with other data")  # toxicity's are the same
+    assert {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")} == before
+    assert run(monkeypatch, [*words, "--overwrite"]) == 0
+    said = capsys.readouterr().out
+    assert "toxicity: finished already" in said and "detail: was made with other data; made anew" in said
+    again = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
+    changed = {path.relative_to(labelled / "pms") for path in before if again.get(path) != before[path]}
+    assert {str(path) for path in changed} >= {"detail/model.safetensors", "detail/principle.json", "weights.json"}
+    assert not any(path.parts[0] == "toxicity" for path in changed)
+    assert not (labelled / "pms" / "weights.json").exists()  # fitted to labels that are there no more
+
+
 def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(labelled, monkeypatch, capsys):
     assert run(monkeypatch, training(labelled, "pms")) == 0
     before = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
@@ -383,9 +403,10 @@ def test_train_takes_the_numbers_of_train_and_names_a_wrong_one(labelled, monkey
     assert not (labelled / "pms").exists()
 
 
-def test_a_principle_that_cannot_name_a_folder_is_refused(labelled, monkeypatch, capsys):
-    write_jsonl(labelled / "labels.jsonl", [preference("p", "a", "b", "up/../down", 1.0)])
-    refused(monkeypatch, capsys, training(labelled, "pms"), "up/../down", "cannot name a folder")
+@pytest.mark.parametrize("name", ["up/../down", "..", "", "a\0b", "a\nb", "x" * 200_000])
+def test_a_principle_that_cannot_name_a_folder_is_refused(labelled, monkeypatch, capsys, name):
+    write_jsonl(labelled / "labels.jsonl", [preference("p", "a", "b", name, 1.0)])
+    refused(monkeypatch, capsys, training(labelled, "pms"), repr(name)[:20], "cannot name a folder")
 
 
 def test_fitted_weights_are_those_the_overall_labels_were_made_with(tmp_path):

@@ -6,11 +6,13 @@ import random
 import pytest
 import torch
 
+import eval as evaluation
 import formats
 import resume
 import story
 import toy
-from conftest import refused, run
+from conftest import refused, run, write
+from eval import exact_judge, exact_room
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,28 @@ def test_judging_pools_topics_and_agrees_with_the_scorers(items):
     for item in items:
         edited = item["original"] + " If it goes wrong, call it a tradition."
         rows.append({**item, "aligned": edited, "objectives": story.judged_objectives(item)})
-    figures = story.evaluate(rows, None, story.judge, 1, progress=False, room=story.has_room)["objectives"]
+    judge, room = exact_judge(toy.score, toy.name_of), exact_room(toy.score, toy.best, toy.name_of)
+    figures = story.evaluate(rows, None, judge, 1, progress=False, room=room)["objectives"]
     named = [item for item in items if item["kind"] == "named"]
     without = [item for item in named if toy.score("humour", item["prompt"], item["original"]) == 0]
     assert figures["humour"]["n"] == len(named) and figures["humour"]["wins"] == len(without)
     assert figures["helpful"]["net"] == 0 == figures["mention a held-out topic"]["net"]
     assert figures["mention a held-out topic"]["n"] == len(named) and figures["intact"]["n"] == len(items)
+
+
+def test_eval_finds_in_the_files_what_the_story_found(items, tmp_path, monkeypatch):
+    def joking(_, items, *__, **___):
+        return [{**item, "aligned": item["original"] + " If it goes wrong, call it a tradition."} for item in items]
+    monkeypatch.setattr(story, "align", joking)
+    rows, result = story.edit_and_judge(None, items, 0)
+    path = write(tmp_path / "verbose.jsonl", *rows)
+    assert run(evaluation, monkeypatch, [path, "--out", tmp_path / "out"]) == 0
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == {"verbose": result}
+    assert "mention a held-out topic" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    words = [path, "--out", tmp_path / "out", "--objectives", "intact", "topic: mention mammoths"]
+    assert run(evaluation, monkeypatch, words) == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())["verbose"]["objectives"]
+    assert found["intact"] == result["objectives"]["intact"] and found["topic"]["n"] == len(items)
 
 
 def test_the_aligners_pairs_hold_no_held_out_topic(tmp_path):
@@ -104,7 +122,8 @@ def test_a_story_told_again_trains_only_what_would_be_another_model(short, tmp_p
     monkeypatch.setattr(story, "WORDS", dataclasses.replace(story.WORDS, lr=1e-4))
     again, said = trained()
     assert again == {"words", "foundation", "large", "aligner"}  # "small" starts from nothing
-    assert "words: was made with other lr (0.0015, now 0.0001)" in said and "foundation: was made with other mod" in said
+    assert "words: was made with other lr (0.0015, now 0.0001)" in said
+    assert "foundation: was made with other model" in said
 
 
 @pytest.mark.slow
