@@ -5,7 +5,6 @@
     answers = list(in_parallel(lambda prompt: endpoint.complete(prompt, 256), prompts, workers=8))
 """
 import email.utils
-import hashlib
 import http.client
 import json
 import os
@@ -20,7 +19,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from common import UserError
+from common import UserError, digest, locked, note
+
+MOST_REPLY = 16 * 2**20  # bytes of a reply: many times the longest answer with the log-probabilities of all its tokens
+MOST_ERROR = 64 * 2**10  # bytes of an error's text
+DEEPEST = 50             # lists and objects within each other in a reply; a chat completion has nine
+EMPTY_TRIES = 3          # how often a policy that says nothing is asked the same
+SHORTEST_KEY = 8         # characters; what is shorter is no secret but a word such as EMPTY, for servers without keys
 
 # ----------------------------------------------------------------------------------------------------------------
 # One model behind a server
@@ -38,22 +43,40 @@ class TryAgain(Exception):
         self.wait = wait
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host, and turns the question into an empty GET."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """A reply of any status comes back as it is. To follow a redirect would take the key to another host, and turn the
+    question into an empty GET."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
+class Connecting(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """The connection stays with the request, so that another thread can shut it down."""
+
+    def do_open(self, kind, request, **options):
+        def connect(*args, **more):
+            request.connection = kind(*args, **more)
+            return request.connection
+        return super().do_open(connect, request, **options)
 
 
 class Endpoint:
     """A client of one model behind an OpenAI-compatible server; its methods may be called from many threads.
 
     url: "http://host:8000", ".../v1" or ".../v1/chat/completions". key: by default the environment's OPENAI_API_KEY.
-    cache: a JSONL file where every reply is kept, so that no question is ever paid for twice, in this run or a later
-    one. timeout, backoff: seconds; retries: after the first attempt.
+    cache: a JSONL file where every reply that says something is kept, so that no question to this server is ever paid
+    for twice, in this run or a later one. It is opened, and locked, at once: what cannot be written is an error before
+    anything is asked. timeout: seconds for a whole exchange, from connecting to the last byte; retries: after the
+    first attempt; backoff: seconds. `empty` counts the prompts that `complete` got no answer to.
     """
 
     def __init__(self, url, model, key=None, cache=None, timeout=60, retries=6, backoff=1.0, seed=0):
+        if re.search("[@?#]", url):  # not quoted: it may be a password
+            raise UserError("the server's address holds a '@', a '?' or a '#'; give it without name, password and "
+                            "query, like http://localhost:8000, and the key in OPENAI_API_KEY")
         if not re.fullmatch(r"https?://([^\s/:]+|\[[^\s/]+\])(:\d+)?(/\S*)?", url):
             raise UserError(f"{url}: not the address of a server; give one like http://localhost:8000")
         url = url.rstrip("/")
@@ -65,34 +88,55 @@ class Endpoint:
         self.url, self.model, self.key = url, model, key
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.random = random.Random(seed)
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener = urllib.request.build_opener(AnyStatus, Connecting)
+        self.secret = key_pattern(key) if len(key) >= SHORTEST_KEY else None
         self.answered = False   # has the server ever sent anything?
         self.refused = set()    # optional fields that this model does not take
-        self.sent = self.reused = self.retried = 0
+        self.sent = self.reused = self.retried = self.empty = 0
         self.guard, self.gates = threading.Lock(), {}
         self.cache = Path(cache) if cache else None
+        self.file = locked(self.cache) if cache else None
         self.replies = self._load() if cache else {}
+
+    def close(self):
+        """Let others have the cache. An empty one is removed. To call it again does nothing."""
+        with self.guard:
+            if self.file:
+                if not os.fstat(self.file.fileno()).st_size:
+                    self.cache.unlink(missing_ok=True)
+                self.file.close()
+            self.file = None
 
     def chat(self, messages, max_tokens, temperature=0.0, **extra):
         """The server's reply, a dict in the form of the chat completions API, to `messages`, a list of {"role",
         "content"}. Extra fields (logprobs=True, top_logprobs=5, seed=1, ...) go to the server as they are. The same
-        question always gets the same reply, from the cache, at any temperature."""
+        question always gets the same reply, from the cache, at any temperature; only one that got an empty reply is
+        asked anew."""
         payload = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature,
                    **extra}
-        key = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        key = digest(payload)
         with self.guard:
             gate = self.gates.setdefault(key, threading.Lock())
         with gate:  # two threads with one question: the second waits for the first one's reply
-            if key not in self.replies:
-                self._keep(key, self._ask(payload))
-            else:
+            if key in self.replies:
                 with self.guard:
                     self.reused += 1
-            return self.replies[key]
+                return self.replies[key]
+            reply = self._ask(payload)
+            if not is_empty(reply):
+                self._keep(key, reply)
+            return reply
 
     def complete(self, prompt, max_tokens, temperature=0.0, **extra):
-        """The model's answer (str) to a prompt in HH-RLHF form, or to any other text as one user turn."""
-        return reply_text(self.chat(chat_messages(prompt), max_tokens, temperature, **extra))
+        """The model's answer (str) to a prompt in HH-RLHF form, or to any other text as one user turn; None where it
+        says nothing, however often it is asked."""
+        for _ in range(min(EMPTY_TRIES, self.retries + 1)):
+            text = reply_text(self.chat(chat_messages(prompt), max_tokens, temperature, **extra))
+            if text.strip():
+                return text
+        with self.guard:
+            self.empty += 1
+        return None
 
     def _ask(self, payload):
         """Sends until a whole reply has come: waits twice as long after each failure, give or take a half."""
@@ -124,46 +168,86 @@ class Endpoint:
             self.sent += 1
         try:
             request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-            with self.opener.open(request, timeout=self.timeout) as response:
-                self.answered = True
-                reply = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            self.answered = True
-            self._refuse(error, body)
-        except (ValueError, RecursionError, http.client.InvalidURL) as error:
-            if not self.answered:  # nothing could be sent, to a name that no host can have, say
-                raise UserError(f"{self.url}: not the address of a server ({error}); check the URL") from error
-            raise TryAgain("a reply that is not whole JSON") from error
-        except (OSError, http.client.HTTPException) as error:
+            response, content = self._exchange(request)
+        except (ValueError, http.client.InvalidURL) as error:  # nothing could be sent, to a name that no host can have
+            raise UserError(f"{self.url}: not the address of a server ({error}); check the URL") from error
+        except OSError as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             absent = isinstance(cause, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
             if absent and not self.answered:
                 raise UserError(f"{self.url}: no server answers there ({cause}); start it, or check the URL") from error
-            raise TryAgain(str(cause) or type(cause).__name__) from error
-        if not is_reply(reply):
-            raise TryAgain(f"a reply without choices: {self._one_line(json.dumps(reply))}")
-        return reply
-
-    def _refuse(self, error, body):
-        """Raises what an HTTP error status means."""
+            late = f"no whole reply within {self.timeout:g} s" if isinstance(cause, TimeoutError) else ""
+            raise TryAgain(late or self._told(str(cause)) or type(cause).__name__) from error
+        except http.client.HTTPException as error:  # whose text quotes what the server sent
+            raise TryAgain(f"a reply that is not whole HTTP ({type(error).__name__})") from error
+        text = content.decode("utf-8", "replace")
+        if not 200 <= response.status < 300:
+            self._refuse(response, text if len(content) <= MOST_ERROR else "", body)
+        if len(content) > MOST_REPLY:
+            raise UserError(f"{self.url}: a reply of more than {MOST_REPLY >> 20} MB; check the URL")
         try:
-            message = self._one_line(error.read().decode("utf-8", "replace"))
-        except (OSError, http.client.HTTPException):
-            message = error.reason
-        if error.code in (408, 429) or error.code >= 500:
-            raise TryAgain(f"HTTP {error.code} {message}", retry_after(error.headers))
+            reply = json.loads(content)
+            if is_reply(reply):
+                return change_texts(reply, self._masked)
+        except (ValueError, RecursionError) as error:
+            raise TryAgain("a reply that is not whole JSON, or nested too deeply") from error
+        raise TryAgain(f"a reply without choices: {self._told(text)}")
+
+    def _exchange(self, request):
+        """(response, bytes of its body) of an urllib Request, of a longer body only a little more than is allowed.
+        TimeoutError where it takes longer than the timeout, OSError or HTTPException where it fails.
+
+        The timeout of a socket begins anew with every byte, and a server may send one now and then, even in the head.
+        So a thread does the work, and is cut off at the deadline."""
+        deadline, finished = time.monotonic() + self.timeout, queue.SimpleQueue()
+
+        def work():
+            try:
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    self.answered, content = True, bytearray()
+                    most = MOST_REPLY if 200 <= response.status < 300 else MOST_ERROR
+                    while len(content) <= most and (chunk := response.read1(1 << 16)):
+                        content += chunk
+                        if time.monotonic() > deadline:
+                            raise TimeoutError
+                    if response.length and len(content) <= most:  # what is missing
+                        raise http.client.IncompleteRead(b"", response.length)
+                finished.put((response, content, None))
+            except BaseException as error:
+                finished.put((None, None, error))
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            response, content, error = finished.get(timeout=self.timeout)
+        except queue.Empty:
+            shut_down(request)
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        return response, content
+
+    def _refuse(self, response, text, body):
+        """Raises what an HTTP error status means."""
+        status, message = response.status, self._told(text) or self._told(response.reason)
+        if status in (408, 429) or status >= 500:
+            raise TryAgain(f"HTTP {status} {message}", retry_after(response.headers))
         unsupported = {name for name in ("max_tokens", "temperature") if name in body and name in message}
-        if error.code == 400 and unsupported and re.search("not support|unsupported", message, re.I):
+        if status == 400 and unsupported and re.search("not support|unsupported", message, re.I):
             self.refused |= unsupported
             raise TryAgain(message)
-        if error.code in (400, 413) and re.search("context|too long|maximum model length", message, re.I):
-            raise TooLong(f"{self.url}: HTTP {error.code} {message}")
+        if status in (400, 413) and re.search("context|too long|maximum model length", message, re.I):
+            raise TooLong(f"{self.url}: HTTP {status} {message}")
         advice = {401: "; is OPENAI_API_KEY set?", 404: "; check the URL and the model's name"}
-        where = f" (to {error.headers.get('Location')}: give that URL)" if 300 <= error.code < 400 else ""
-        raise UserError(f"{self.url}: HTTP {error.code} {message}{where}{advice.get(error.code, '')}")
+        place = self._told(response.headers.get("Location", ""))
+        where = f" (to {place}: give that URL)" if place and status < 400 else ""
+        raise UserError(f"{self.url}: HTTP {status} {message}{where}{advice.get(status, '')}")
 
-    def _one_line(self, text):
-        """The message in a server's error, whatever its form, without our key in it."""
+    def _masked(self, text):
+        """The text without our key, however it is written there."""
+        return self.secret.sub("***", text) if self.secret else text
+
+    def _told(self, text):
+        """The message in what a server sent, whatever its form: one short line, without our key in it."""
         try:
             inner = json.loads(text)
             while isinstance(inner, dict):
@@ -171,34 +255,64 @@ class Endpoint:
             text = inner if isinstance(inner, str) else json.dumps(inner)
         except (ValueError, RecursionError):
             pass
-        text = " ".join(text.split())
-        return (text.replace(self.key, "***") if self.key else text)[:300]
+        text = "".join(letter if letter.isprintable() else " " for letter in self._masked(text)[:4000])
+        return " ".join(text.split())[:300]
 
     def _load(self):
-        """The cached replies. A line that a killed run left unfinished is passed over."""
-        replies = {}
-        if self.cache.exists():
-            for line in self.cache.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                    if is_reply(entry["reply"]):
-                        replies[entry["key"]] = entry["reply"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+        """This server's replies in the cache. Passed over: a line that a killed run left unfinished, an empty reply,
+        and what an earlier version kept, which does not say from which server it is."""
+        replies, unknown = {}, 0
+        self.file.seek(0)
+        for line in self.file.read().splitlines():
+            try:
+                entry = json.loads(line)
+                unknown += "key" in entry and "url" not in entry
+                if entry["url"] == self.url and is_reply(entry["reply"]) and not is_empty(entry["reply"]):
+                    replies[entry["key"]] = entry["reply"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+        if unknown:
+            note(f"{self.cache}: {unknown} replies in it do not say from which server they are; they are not used")
         return replies
 
     def _keep(self, key, reply):
+        line = json.dumps({"url": self.url, "key": key, "reply": reply}).encode() + b"\n"
         with self.guard:
             self.replies[key] = reply
-            if self.cache is None:
-                return
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.cache, "ab+") as file:
-                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                    file.write(b"\n")
-                file.write(json.dumps({"key": key, "reply": reply}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            if self.file:
+                append(self.file, line)
+
+
+def key_pattern(key):
+    """A pattern that finds a key (printable ASCII) as it is, percent-encoded, and with JSON's escapes."""
+    return re.compile("".join(rf"(?:\\{{0,3}}{re.escape(letter)}|(?i:%{ord(letter):02x}|\\{{1,3}}u00{ord(letter):02x}))"
+                              for letter in key))
+
+
+def shut_down(request):
+    """End the connection of a Request that another thread is still reading from."""
+    sock = getattr(getattr(request, "connection", None), "sock", None)
+    try:
+        if sock:
+            sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it has just ended
+
+
+def append(file, line):
+    """Add a line (bytes) to a file that `locked` opened: on the disk and whole, or, where that fails, not at all."""
+    number = file.fileno()
+    size = os.fstat(number).st_size
+    if size and os.pread(number, 1, size - 1) != b"\n":  # a killed run left a line unfinished
+        line = b"\n" + line
+    try:
+        while line:
+            line = line[os.write(number, line):]
+        os.fsync(number)
+    except OSError as error:
+        os.ftruncate(number, size)
+        error.filename = file.name
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -214,9 +328,29 @@ def is_reply(reply):
 
 
 def reply_text(reply):
-    """The text of a chat completion, "" if it has none."""
+    """The text of a chat completion, "" if it has none. Half a surrogate pair is no character: it becomes U+FFFD."""
     content = reply["choices"][0]["message"].get("content")
-    return content if isinstance(content, str) else ""
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
+
+
+def is_empty(reply):
+    """Does a chat completion say nothing: no text, and no token's log-probabilities either?"""
+    logprobs = reply["choices"][0].get("logprobs")
+    return not reply_text(reply).strip() and not (isinstance(logprobs, dict) and logprobs.get("content"))
+
+
+def change_texts(value, change, depth=DEEPEST):
+    """A copy of a JSON value with change(text) for every text in it. ValueError where it is nested deeper than depth.
+    """
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, dict)) and not depth:
+        raise ValueError("nested too deeply")
+    if isinstance(value, list):
+        return [change_texts(each, change, depth - 1) for each in value]
+    if isinstance(value, dict):
+        return {change(name): change_texts(each, change, depth - 1) for name, each in value.items()}
+    return value
 
 
 def retry_after(headers):
@@ -226,7 +360,7 @@ def retry_after(headers):
         if not value.strip().replace(".", "", 1).isdigit():
             value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         return max(0.0, float(value))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
 
 

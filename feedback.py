@@ -16,18 +16,20 @@ import json
 import math
 import random
 from collections import Counter
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import numpy
 from tqdm import tqdm
 
+import checkpoint
 import formats
 import toy
-from align import policy_answers
+from align import is_url, policy_answers
 from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option,
                     read_options, refuse_given, write_jsonl)
 from data import Objective, find_objectives
-from endpoint import Endpoint, TooLong, in_parallel
+from endpoint import Endpoint, TooLong, in_parallel, is_empty
 from resume import Journal
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -66,10 +68,13 @@ class Answering:
 
 def run_answer(files, policy, policy_model, out, limit, device, sampling):
     """Prompts in, a policy's answers out: rated rows without scores."""
-    check_out(out, files)
+    cache = f"{out}.policy-cache.jsonl"
+    for path in (out, cache):
+        check_out(path, files)
     rows = (row for path in files for row in formats.read_rated(path, objective="chosen"))
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
-    journal = Journal(out, digest(policy, policy_model, lasting(sampling), prompts))
+    answered_by = policy if is_url(policy) else checkpoint.fingerprint(policy)
+    journal = Journal(out, digest(answered_by, policy_model, lasting(sampling), prompts))
     count = sampling.responses
     items = [{"index": index, "prompt": prompts[index // count]} for index in range(len(prompts) * count)]
     with tqdm(total=len(items), initial=len(journal.rows), desc="answering", unit=" answers") as bar:
@@ -77,24 +82,28 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
             todo = [item for item in items[place::count] if item["index"] not in journal.rows]
             if not todo:
                 continue
-            answers = policy_answers(todo, policy, policy_model, f"{out}.policy-cache.jsonl", device,
-                                     sampling.max_new_tokens, sampling.temperature, sampling.batch,
-                                     seed=sampling.seed * count + place)
+            answers = policy_answers(todo, policy, policy_model, cache, device, sampling.max_new_tokens,
+                                     sampling.temperature, sampling.batch, seed=sampling.seed * count + place)
             for i, text in answers:
                 journal.add({"index": todo[i]["index"], "text": text})
                 bar.update()
-    rows = []
+    rows, left_out = [], Counter()
     for first, prompt in zip(range(0, len(items), count), prompts):
         texts = [journal.rows[index]["text"] for index in range(first, first + count)]
-        if None not in texts:
+        if None in texts:
+            left_out["do not fit the policy's context"] += 1
+        elif not all(texts):
+            left_out["got an empty answer"] += 1
+        else:
             rows.append({"prompt": prompt, "responses": [{"text": text} for text in texts]})
+    told = [f"{many} prompts that {reason}" for reason, many in left_out.items()]
     if not rows:
-        raise UserError(f"{policy}: none of the {len(prompts)} prompts fits its context; give another policy, and "
-                        f"delete {journal.path}")
+        raise UserError(f"{policy}: no prompt is answered: {', '.join(told)}; give another policy, and delete "
+                        f"{journal.path}")
     write_jsonl(out, rows)
     journal.finish()
-    if unfit := len(prompts) - len(rows):
-        print(f"left out: {unfit} prompts that do not fit the policy's context")
+    for line in told:
+        print(f"left out: {line}")
     print(f"{out}: {len(rows)} prompts with {count} responses each")
 
 
@@ -194,7 +203,10 @@ better by this principle, and regardless of everything else:
 
 The better one by the principle "{principle}" is (one letter, A or B):"""
 
-MISSING = -10.0  # the log-probability of a letter that is not among the five likeliest tokens (the paper's code)
+# The least P(A) + P(B) that is an answer. A judge who answers gives the letters nearly all there is; where they share
+# less than this, it said something else, and which of them is ahead in the rest tells nothing.
+ANSWERED = 0.01
+ROUNDING = 1e-3  # by so much may the logarithm of a probability of 1 exceed 0
 
 
 def endpoint_label(endpoint, pair, principle):
@@ -218,25 +230,41 @@ def endpoint_label(endpoint, pair, principle):
 
 
 def chance_of_a(reply, endpoint):
-    """P(A) / (P(A) + P(B)) at a reply's first token; None where neither letter is among the likeliest.
+    """P(A) / (P(A) + P(B)) at a reply's first token; None where it has none, or both are less likely than ANSWERED.
     Raises UserError for a reply without log-probabilities."""
-    found = {"A": [], "B": []}
+    if is_empty(reply):
+        return None
     try:
-        tokens = reply["choices"][0]["logprobs"]["content"]
-        candidates = tokens[0]["top_logprobs"] if tokens else ()  # no token: the model said nothing
-        if tokens and not candidates:
+        likeliest = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        listed = [(candidate["token"].strip(), log_probability(candidate["logprob"])) for candidate in likeliest]
+        if not listed:
             raise ValueError("only the token that was said, not the likeliest ones")
-        for candidate in candidates:
-            letter, logprob = candidate["token"].strip(), float(candidate["logprob"])
-            if letter in found and math.isfinite(logprob):
-                found[letter].append(logprob)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         cached = f" and delete {endpoint.cache}" if endpoint.cache else ""
         raise UserError(f"{endpoint.url}: the replies of {endpoint.model!r} hold no log-probabilities of tokens; use "
                         f"a server and model that know logprobs and top_logprobs{cached}") from error
-    if not found["A"] and not found["B"]:
+    return chance_among(listed)
+
+
+def log_probability(value):
+    """A number that is one, as a float; ValueError or OverflowError for any other."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value <= ROUNDING:
+        raise ValueError("no log-probability")
+    return float(value)
+
+
+def chance_among(listed):
+    """chance_of_a of [(token, log-probability), ...], the likeliest tokens.
+
+    A letter that is not listed is at most as likely as the least likely one that is, and as all that the listed ones
+    leave. It is taken to be so likely: the label is then less sure than the judge, and never surer."""
+    logprobs = [logprob for _, logprob in listed]
+    left = max(0.0, 1 - math.fsum(map(math.exp, logprobs)))
+    most = min(min(logprobs), math.log(left) if left else -math.inf)
+    found = {letter: [logprob for token, logprob in listed if token == letter] for letter in "AB"}
+    if math.fsum(math.exp(logprob) for letter in found for logprob in found[letter]) < ANSWERED:
         return None
-    log_a, log_b = (numpy.logaddexp.reduce(found[letter] or [MISSING]) for letter in "AB")
+    log_a, log_b = (numpy.logaddexp.reduce(found[letter] or [most]) for letter in "AB")
     return sigmoid(float(log_a - log_b))
 
 
@@ -246,14 +274,13 @@ def chance_of_a(reply, endpoint):
 
 def run_label(files, out, principles, judge_url, judge_model, concurrency, limit, noise):
     """Files of responses in, labels of every two of them out, on each principle."""
-    check_out(out, files)
+    cache = f"{out}.judge-cache.jsonl"
+    for path in (out, cache):
+        check_out(path, [*files, *(text for text in principles or () if text.endswith(".json"))])
     principles = find_objectives(principles or list(PRINCIPLES), {**PRINCIPLES, "overall": OVERALL})
-    skipped, endpoint = Counter(), None
+    skipped = Counter()
     pairs = response_pairs(files, limit, skipped)
-    if judge_url:
-        endpoint = Endpoint(judge_url, judge_model, cache=f"{out}.judge-cache.jsonl")
-    else:
-        annotator = embedded_annotator(pairs, [principle.name for principle in principles], noise)
+    annotator = None if judge_url else embedded_annotator(pairs, [principle.name for principle in principles], noise)
     tasks = list(enumerate(itertools.product(pairs, principles)))
 
     def labelled(task):
@@ -261,12 +288,14 @@ def run_label(files, out, principles, judge_url, judge_model, concurrency, limit
         p_a = endpoint_label(endpoint, pair, principle) if endpoint else annotator(pair, principle.name)
         return {"index": index, "p_a": p_a}
 
-    journal = Journal(out, digest(judge_model, lasting(noise), pairs, list(map(str, principles))))
-    todo = [task for task in tasks if task[0] not in journal.rows]
-    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="labelling", unit=" labels") as bar:
-        for row in in_parallel(labelled, todo, concurrency) if endpoint else map(labelled, todo):
-            journal.add(row)
-            bar.update()
+    with closing(Endpoint(judge_url, judge_model, cache=cache)) if judge_url else nullcontext() as endpoint:
+        judge = [endpoint.url, judge_model, FEEDBACK_PROMPT] if endpoint else lasting(noise)
+        journal = Journal(out, digest(judge, pairs, list(map(str, principles))))
+        todo = [task for task in tasks if task[0] not in journal.rows]
+        with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="labelling", unit=" labels") as bar:
+            for row in in_parallel(labelled, todo, concurrency) if endpoint else map(labelled, todo):
+                journal.add(row)
+                bar.update()
     rows = [{**pair, "principle": principle.name, "p_a": journal.rows[index]["p_a"]}
             for index, (pair, principle) in tasks]
     read = [row for row in rows if row["p_a"] is not None]
@@ -341,7 +370,7 @@ def main():
     answer, label = add_answer(commands), add_label(commands)
     args = parser.parse_args()
     if args.command == "answer":
-        if args.policy.startswith(("http://", "https://")) and not args.policy_model:
+        if is_url(args.policy) and not args.policy_model:
             answer.error("--policy URL needs --policy-model")
         run_answer(args.files, args.policy, args.policy_model, args.out, args.limit, args.device,
                    read_options(Answering, args))

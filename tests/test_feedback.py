@@ -22,8 +22,10 @@ import conftest
 import feedback
 import formats
 import model
+import sick_server
+import test_endpoint
 import toy
-from common import write_jsonl
+from common import locked, write_jsonl
 from data import Objective
 from endpoint import Endpoint
 
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 BRIEF = Objective("Brevity", "The response should be short")
 PAIR = {"prompt": "\n\nHuman: Why?\n\nAssistant:", "response_a": "Because.", "response_b": "Because {it} is so."}
 run, refused = partial(conftest.run, feedback), partial(conftest.refused, feedback)
+sick = test_endpoint.sick  # a fixture
 
 
 def read(path):
@@ -176,10 +179,17 @@ def sigmoid(x):
     (logs(A=0.6, B=0.2), logs(B=0.3, A=0.2), (0.75 + 0.6) / 2),
     (logs(A=0.9, B=0.1), logs(A=0.9, B=0.1), 0.5),  # it says A whatever stands there
     ({" A": math.log(0.3), "A": math.log(0.3), "B\n": math.log(0.2)}, logs(A=0.5, B=0.5), (0.75 + 0.5) / 2),
-    (logs(A=0.5, x=0.4), {"B": -0.1, "the": -3}, (sigmoid(math.log(0.5) + 10) + sigmoid(-0.1 + 10)) / 2),
-    (logs(B=0.5), logs(Yes=0.5, a=0.4, A=0.01),
-     (sigmoid(-10 - math.log(0.5)) + 1 - sigmoid(math.log(0.01) + 10)) / 2),
+    # an absent letter is as likely as the least likely token listed, or as all that they leave, whichever is less
+    (logs(A=0.5, x=0.3, y=0.1, z=0.04, w=0.02), logs(B=0.4, x=0.3, y=0.1, z=0.1, w=0.05), (50 / 52 + 40 / 45) / 2),
+    (logs(A=0.5, x=0.4), logs(B=0.9, the=0.06), (5 / 6 + 90 / 94) / 2), (logs(A=0.7), logs(B=0.9), 0.8),
+    ({"A": 0.0}, {"B": 1e-7}, 1.0), ({"A": -0.5, "x": -9999.0}, {"B": 0, "x": -100}, 1.0),
     ({"A": 0.0, "B": -9999.0}, {"B": 0.0, "A": -9999.0}, 1.0),
+    # where the letters have less than 1 % together, nobody answered
+    (logs(I=0.98, A=0.011, x=0.001), logs(A=0.5, B=0.5), (11 / 12 + 0.5) / 2),
+    (logs(I=0.98, A=0.006, B=0.005), logs(B=0.5, A=0.5), (6 / 11 + 0.5) / 2),
+    (logs(I=0.98, A=0.009, x=0.001), logs(A=0.5, B=0.5), None),
+    (logs(I=0.98, A=0.005, B=0.004), logs(A=0.5, B=0.5), None),
+    (logs(A=0.5, B=0.5), {"I": -1e-5, "A": -14.0, "The": -15.0, "As": -15.5, "Both": -16.0}, None),
     (logs(x=0.9, Answer=0.1), logs(A=0.5, B=0.5), None), (logs(A=0.5, B=0.5), {}, None),
 ])
 def test_probabilities_by_hand_in_both_orders(serve, forward, backward, p_a):
@@ -203,15 +213,18 @@ def test_texts_beyond_the_judges_context_are_left_out(serve):
     assert feedback.endpoint_label(Endpoint(server.url, "judge"), PAIR, BRIEF) is None
 
 
-@pytest.mark.parametrize("logprobs", [
-    {}, {"logprobs": None}, {"logprobs": {"tokens": ["A"]}},
-    {"logprobs": {"content": [{"token": "A", "logprob": -0.1}]}},
-    {"logprobs": {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": []}]}}])
-def test_a_server_without_logprobs_is_told_of_in_one_line(serve, world, monkeypatch, capsys, tmp_path, logprobs):
-    server = serve(lambda payload: {"index": 0, "message": {"role": "assistant", "content": "A"}, **logprobs})
+@pytest.mark.parametrize("name", sick_server.NO_LOGPROBS)
+def test_a_server_without_logprobs_is_told_of_in_one_line(sick, world, monkeypatch, capsys, tmp_path, name):
+    server = sick(name)
     refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), server.url, "no log-probabilities",
             "delete", "out.judge-cache.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sick_server.SILENT)
+def test_a_judge_that_says_nothing_decides_nothing(sick, name):
+    server = sick(name)
+    assert feedback.endpoint_label(Endpoint(server.url, "judge"), PAIR, BRIEF) is None and server.requests == 2
 
 
 # ----------------------------------------------------------------------------- labels
@@ -335,6 +348,32 @@ def test_a_killed_run_with_a_server_asks_nothing_twice(serve, world, tmp_path, m
     assert len(server.requests) == 2 * (10 - 4)
 
 
+@pytest.mark.slow
+def test_another_judge_or_question_is_another_run(serve, world, tmp_path, monkeypatch, capsys):
+    server, other, out = serve(shorter), serve(shorter), tmp_path / "out"
+    killed(judged(world, server, out, "--concurrency", 1), 4)
+    (tmp_path / "out.judge-cache.jsonl").unlink()
+    asked_before = len(server.requests)
+    refused(monkeypatch, capsys, judged(world, other, out), "out.part", "other settings")
+    with monkeypatch.context() as changed:
+        changed.setattr(feedback, "FEEDBACK_PROMPT", "Well?\n" + feedback.FEEDBACK_PROMPT)
+        refused(monkeypatch, capsys, judged(world, server, out), "out.part", "other settings")
+    assert not other.requests and len(server.requests) == asked_before
+    server.url += "/v1/"  # the same server
+    assert run(monkeypatch, judged(world, server, out)) == 0
+    assert len(server.requests) == asked_before + 2 * (10 - 4)
+
+
+def test_of_two_runs_with_one_out_the_second_asks_nothing(serve, world, tmp_path, monkeypatch, capsys):
+    server = serve(shorter)
+    for name in ("out.judge-cache.jsonl", "out.part"):
+        with locked(tmp_path / name):
+            refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), name, "another process")
+    (tmp_path / "out.judge-cache.jsonl").mkdir()
+    refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), "judge-cache.jsonl", "no ordinary file")
+    assert not server.requests
+
+
 def test_a_judge_that_never_says_a_or_b_leaves_nothing_behind_but_what_it_said(serve, world, tmp_path, monkeypatch,
                                                                                capsys):
     server = serve(lambda payload: logs(Sorry=0.9))
@@ -365,6 +404,9 @@ def test_refusals_of_label(world, tmp_path, monkeypatch, capsys, words, told):
 def test_files_that_cannot_be_labelled(world, tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
+    (tmp_path / "p.json").write_text('{"detail": "say more"}')
+    (tmp_path / "x.judge-cache.jsonl").write_bytes(world.read_bytes())
+    monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     for source, told in ((tmp_path / "prompts.jsonl", "no prompt has two different responses"),
                          (tmp_path / "other.jsonl", "does not know the question"),
@@ -372,6 +414,8 @@ def test_files_that_cannot_be_labelled(world, tmp_path, monkeypatch, capsys):
         refused(monkeypatch, capsys, ["label", source, "--out", tmp_path / "out"], told)
     refused(monkeypatch, capsys, ["label", world, "--out", world], "is an input too")
     refused(monkeypatch, capsys, ["label", world, "--out", tmp_path], "no ordinary file")
+    refused(monkeypatch, capsys, ["label", world, "--principles", "p.json", "--out", "./p.json"], "is an input too (p.")
+    refused(monkeypatch, capsys, ["label", "x.judge-cache.jsonl", "--out", "x"], "is an input too (x.judge-cache")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -434,8 +478,44 @@ def test_prompts_beyond_the_policys_context_are_left_out_and_counted(tmp_path, m
     assert "2 prompts with 2 responses each" in said and not (tmp_path / "out.jsonl.part").exists()
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": endless}])
     (tmp_path / "out.jsonl").unlink()
-    refused(monkeypatch, capsys, words, "none of the 1 prompts fits", "out.jsonl.part")
+    refused(monkeypatch, capsys, words, "1 prompts that do not fit", "out.jsonl.part")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_model_decides_whose_answers_they_are_and_not_its_folder(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "prompts.jsonl", ({"prompt": row["prompt"]} for row in toy.rated(4, 2)))
+    policy, moved, out = tmp_path / "policy", tmp_path / "moved", tmp_path / "out.jsonl"
+    words = ["answer", tmp_path / "prompts.jsonl", "--max-new-tokens", 4, "--device", "cpu", "--policy"]
+    save_policy(policy)
+    assert run(monkeypatch, [*words, policy, "--out", tmp_path / "whole.jsonl"]) == 0
+    killed([*words, policy, "--out", out], 3)
+    policy.rename(moved)
+    save_policy(policy, 250)
+    refused(monkeypatch, capsys, [*words, policy, "--out", out], "out.jsonl.part", "other settings")
+    assert run(monkeypatch, [*words, moved, "--out", out]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_empty_answers_and_prompts_too_long_are_left_out_and_counted(serve, tmp_path, monkeypatch, capsys):
+    def answer(payload):
+        asked_for = payload["messages"][-1]["content"]
+        if asked_for == "long":
+            return 400, '{"error": "maximum context length is 4096 tokens"}'
+        return {"message": {"content": {"null": None, "blank": "\n", "late": "" if payload["seed"] else "x"}.get(
+            asked_for, "An answer.")}}
+    server, out = serve(answer), tmp_path / "out.jsonl"
+    words = ["answer", tmp_path / "prompts.jsonl", "--policy", server.url, "--policy-model", "m", "--out", out]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("null", "one", "late", "long", "blank")])
+    assert run(monkeypatch, words) == 0
+    said = capsys.readouterr().out
+    assert "left out: 3 prompts that got an empty answer" in said
+    assert "left out: 1 prompts that do not fit the policy's context" in said
+    assert read(out) == [{"prompt": "one", "responses": [{"text": "An answer."}] * 2}]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "blank"}, {"prompt": "null"}])
+    out.unlink()
+    refused(monkeypatch, capsys, words, server.url, "2 prompts that got an empty answer", "delete", "out.jsonl.part")
+    assert not out.exists()
 
 
 def test_a_server_is_asked_for_each_answer_anew(serve, tmp_path, monkeypatch):
