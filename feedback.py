@@ -75,7 +75,7 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
     answered_by = policy if is_url(policy) else checkpoint.fingerprint(policy)
     journal = Journal(out, digest(answered_by, policy_model, lasting(sampling), prompts))
-    count = sampling.responses
+    count, answered = sampling.responses, {index: row["text"] for index, row in journal.rows.items()}
     items = [{"index": index, "prompt": prompts[index // count]} for index in range(len(prompts) * count)]
     with tqdm(total=len(items), initial=len(journal.rows), desc="answering", unit=" answers") as bar:
         for place in range(count):  # each with a seed of its own, for a server too
@@ -85,11 +85,13 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
             answers = policy_answers(todo, policy, policy_model, cache, device, sampling.max_new_tokens,
                                      sampling.temperature, sampling.batch, seed=sampling.seed * count + place)
             for i, text in answers:
-                journal.add({"index": todo[i]["index"], "text": text})
+                answered[todo[i]["index"]] = text
+                if text or not is_url(policy):  # a server that said nothing is asked again when a killed run goes on
+                    journal.add({"index": todo[i]["index"], "text": text})
                 bar.update()
     rows, left_out = [], Counter()
     for first, prompt in zip(range(0, len(items), count), prompts):
-        texts = [journal.rows[index]["text"] for index in range(first, first + count)]
+        texts = [answered[index] for index in range(first, first + count)]
         if None in texts:
             left_out["do not fit the policy's context"] += 1
         elif not all(texts):

@@ -502,8 +502,8 @@ def test_empty_answers_and_prompts_too_long_are_left_out_and_counted(serve, tmp_
         asked_for = payload["messages"][-1]["content"]
         if asked_for == "long":
             return 400, '{"error": "maximum context length is 4096 tokens"}'
-        return {"message": {"content": {"null": None, "blank": "\n", "late": "" if payload["seed"] else "x"}.get(
-            asked_for, "An answer.")}}
+        return {"message": {"content": {**said_of, "late": "" if payload["seed"] else "x"}.get(asked_for, "An answer.")}}
+    said_of = {"null": None, "blank": "\n"}
     server, out = serve(answer), tmp_path / "out.jsonl"
     words = ["answer", tmp_path / "prompts.jsonl", "--policy", server.url, "--policy-model", "m", "--out", out]
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("null", "one", "late", "long", "blank")])
@@ -516,6 +516,9 @@ def test_empty_answers_and_prompts_too_long_are_left_out_and_counted(serve, tmp_
     out.unlink()
     refused(monkeypatch, capsys, words, server.url, "2 prompts that got an empty answer", "delete", "out.jsonl.part")
     assert not out.exists()
+    said_of.clear()  # it says something now: what was empty was not kept
+    assert run(monkeypatch, words) == 0
+    assert read(out) == [{"prompt": text, "responses": [{"text": "An answer."}] * 2} for text in ("blank", "null")]
 
 
 def test_a_server_is_asked_for_each_answer_anew(serve, tmp_path, monkeypatch):
