@@ -15,14 +15,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, note, number, option,
+                    read_options, refuse_given, seed_from, write_jsonl, write_whole)
+
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import data
 import formats
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, note, number, option,
-                    read_options, refuse_given, seed_from, write_jsonl, write_whole)
 from endpoint import Endpoint, TooLong, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named

@@ -24,9 +24,10 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
+from common import UserError, cli, make_parser, number
+
 import torch
 
-from common import UserError, cli, make_parser, number
 
 PEERS = {"train_trl", "align_transformers"}  # the measurements that a peer's Python makes, with this very file
 if not PEERS & set(sys.argv):  # that Python has torch and the peer, but perhaps not what these need
@@ -40,7 +41,7 @@ if not PEERS & set(sys.argv):  # that Python has torch and the peer, but perhaps
     import train
     from align import DRAFT, Writer
     from model import Config, Llama, computes_bf16, device_named
-    from resume import FINISHED
+    from resume import MODEL
 
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
 LARGE = {  # of TinyLlama and of Llama 2
@@ -557,7 +558,7 @@ def arguments(argv=None):
 def parts_wanted(parts, aligner):
     """The names of PARTS that were asked for; of all, those that go without an aligner where there is none."""
     wanted, edits = [name for name in PARTS if name in (parts or PARTS)], {"align", "copy"}
-    if not edits & set(wanted) or any((Path(aligner) / name).exists() for name in FINISHED):
+    if not edits & set(wanted) or any((Path(aligner) / name).exists() for name in MODEL):
         return wanted
     if parts:
         raise UserError(f"{aligner}: no aligner there; run `make train` first, or give --aligner")

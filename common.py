@@ -80,7 +80,7 @@ def in_short(text, limit=500):
 
 
 def quiet_interrupt(kind, error, traceback):
-    """Ctrl-C before `cli` has begun, while PyTorch is imported, say."""
+    """Ctrl-C before `cli` has begun: while PyTorch is imported, which is why scripts import this file before it."""
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
     else:

@@ -16,11 +16,12 @@ import tempfile
 from operator import attrgetter
 from pathlib import Path
 
+from common import UserError, check_out, cli, make_parser, number, write_text
+
 import numpy
 from tqdm import tqdm
 
 import toy
-from common import UserError, check_out, cli, make_parser, number, write_text
 from data import OBJECTIVES, find_objectives, row_objectives
 from endpoint import Endpoint, TooLong, in_parallel, reply_text
 from formats import read_aligned

@@ -19,6 +19,9 @@ from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option,
+                    read_options, refuse_given, write_jsonl)
+
 import numpy
 from tqdm import tqdm
 
@@ -26,8 +29,6 @@ import checkpoint
 import formats
 import toy
 from align import is_url, policy_answers
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option,
-                    read_options, refuse_given, write_jsonl)
 from data import Objective, find_objectives
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
 from resume import Journal

@@ -13,6 +13,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from common import announce, cli, code_of, make_parser, write_jsonl
+
 import numpy
 import torch
 
@@ -23,7 +25,6 @@ import reward
 import toy
 import train
 from align import Writer
-from common import announce, cli, code_of, make_parser, write_jsonl
 from eval import mean_and_interval
 from feedback import PRINCIPLES, embedded_labels
 from model import Config, Llama, device_named

@@ -24,6 +24,9 @@ from array import array
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, option, read_options,
+                    seed_from, write_text)
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -35,8 +38,6 @@ import losses
 import reward
 import toy
 import train
-from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, option, read_options,
-                    seed_from, write_text)
 from generate import generate
 from model import Packed, chosen_logprobs, device_named, token_logprobs
 from resume import Run, read_metrics
@@ -171,12 +172,8 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)
     optimizer = train.make_optimizer(agent, options)
-    if run.state:
-        with run.loading():
-            agent.load_state_dict(run.state.pop("agent"), strict=False)  # with LoRA, it holds the adapters alone
-            optimizer.load_state_dict(run.state.pop("optimizer"))
-            course = Course(**run.state["course"])
-    else:
+    course = resumed(run, agent, optimizer)
+    if course is None:
         course = Course(options.kl_coef, *normalisation(reference, tokenizer, encoded, rewards, options))
     began, saved = time.perf_counter() - course.seconds, time.perf_counter()
     with tqdm(total=options.iterations, initial=course.iteration, desc=run.out.name, disable=not progress) as bar:
@@ -219,6 +216,16 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     write_text(run.out / "tokenizer.json", tokenizer.to_str())
     checkpoint.save(policy, out)
     return run.finish()
+
+
+def resumed(run, agent, optimizer):
+    """The Course of a killed run, whose weights and moments go into agent and optimizer; None where a run begins."""
+    if run.state is None:
+        return None
+    with run.loading():
+        agent.load_state_dict(run.state.pop("agent"), strict=False)  # with LoRA, it holds the adapters alone
+        optimizer.load_state_dict(run.state.pop("optimizer"))
+        return Course(**run.state["course"])
 
 
 def settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options):

@@ -10,6 +10,9 @@ import math
 import re
 from pathlib import Path
 
+from common import (UserError, add_options, check_out, cli, file_digest, in_short, make_parser, read_options,
+                    write_jsonl)
+
 import numpy
 import torch
 
@@ -17,8 +20,6 @@ import checkpoint
 import data
 import formats
 import train
-from common import (UserError, add_options, check_out, cli, file_digest, in_short, make_parser, read_options,
-                    write_jsonl)
 from eval import mean_and_interval
 from model import computes_bf16, device_named, document_scores
 

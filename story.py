@@ -14,13 +14,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from common import announce, cli, code_of, digest, make_parser, write_jsonl
 import checkpoint
 import data
 import formats
 import toy
 import train
 from align import Writer, align
-from common import announce, cli, code_of, digest, make_parser, write_jsonl
 from endpoint import Endpoint
 from eval import evaluate, exact_judge, exact_room
 from model import Config, Llama, device_named

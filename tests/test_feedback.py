@@ -502,7 +502,8 @@ def test_empty_answers_and_prompts_too_long_are_left_out_and_counted(serve, tmp_
         asked_for = payload["messages"][-1]["content"]
         if asked_for == "long":
             return 400, '{"error": "maximum context length is 4096 tokens"}'
-        return {"message": {"content": {**said_of, "late": "" if payload["seed"] else "x"}.get(asked_for, "An answer.")}}
+        said = {**said_of, "late": "" if payload["seed"] else "x"}
+        return {"message": {"content": said.get(asked_for, "An answer.")}}
     said_of = {"null": None, "blank": "\n"}
     server, out = serve(answer), tmp_path / "out.jsonl"
     words = ["answer", tmp_path / "prompts.jsonl", "--policy", server.url, "--policy-model", "m", "--out", out]

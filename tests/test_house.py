@@ -34,6 +34,14 @@ def test_imports_run_from_the_top_floor_down():
                                                 " ; ".join(FLOORS).split()]
 
 
+@pytest.mark.parametrize("name", [name for name, text in FILES.items() if "\n    cli(main)\n" in text])
+def test_a_script_imports_common_before_anything_that_takes_time(name):
+    """So that Ctrl-C in the first seconds is one line."""
+    others = "|".join([*(FILES.keys() - {"common"}), "torch", "numpy", "tqdm"])
+    slow = re.search(rf"^(?:import|from) (?:{others})\b", FILES[name], re.MULTILINE)
+    assert FILES[name].index("\nfrom common import") < slow.start()
+
+
 def test_the_map_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)\.py`", readme[readme.index("## The map"):readme.index("## How to change it")])
