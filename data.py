@@ -15,25 +15,43 @@ The rows that flow through the project are dicts, and lines of JSON Lines files 
     preference  prompt, response_a, response_b, principle,        feedback label,            train reward, train dpo,
                 p_a: probability that response_a is better        formats.read_preferences   reward train and score
     text        text                                              toy                        train pretrain
-    aligned     prompt, original, aligned, golden?, objectives:   align                      eval
+    aligned     prompt, original, aligned, golden?, objectives:   align                      eval, and as rated
                 ["name: description"]
+
+Rated rows are read from files of many formats (JSON Lines, a JSON list, CSV, Parquet), told by the first record's keys:
+
+    prompt, responses               rated rows themselves; responses need no scores
+    instruction, completions        UltraFeedback's release
+    chosen, rejected                HH-RLHF's dialogues; with prompt, TRL's pairs, of texts or messages
+    prompt, completion, label       KTO: label is true or false, the score 1 or 0
+    prompt, response, helpfulness   HelpSteer2 (and correctness, coherence, complexity, verbosity)
+    prompt, response_0, response_1  PKU-SafeRLHF (and better_response_id, safer_response_id)
+    prompt, response_a, response_b  our labels (p_a), or what `reward.py score` writes (scores, which count)
+    prompt, response 1, response 2  Auto-J
+    instruction, output             Alpaca (input is joined to instruction), or AlpacaEval's outputs
+    query, generated_text           MetaAligner's outputs (goldens?)
+    prompt, original, aligned       what align.py writes; the response is "aligned"
+    prompt, or query                prompts without answers; what they should come to is called golden
 """
 import bisect
 import difflib
 import functools
 import itertools
+import json
 import random
 import re
 import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, check_out, cli, make_parser, number, write_jsonl
 
 from tqdm import tqdm
 
-from common import UserError, check_out, cli, make_parser, number, write_jsonl
-from formats import (field, first_and_all, located_rated, print_rows, read_json, read_pairs, read_rated, records,
-                     shorten)
+from files import field, first_and_all, read_json, records, shorten, shown
+from formats import located_rated, read_pairs
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -68,6 +86,10 @@ DESCRIPTIONS = {
     "fair": "The response should treat all people and groups alike, without prejudice",
     "repetition": "The response should say nothing twice",
     "length": "The response should be as short as its content allows",
+    # three that HelpSteer2 rates: what it calls coherence, complexity and verbosity
+    "coherent": "The response should be clear, of one piece and nowhere at odds with itself",
+    "complex": "The response should show the knowledge and the language of somebody who is versed in the matter",
+    "verbose": "The response should go into every detail, at length",
 }
 OBJECTIVES = {name: Objective(name, description) for name, description in DESCRIPTIONS.items()}
 
@@ -87,7 +109,7 @@ def find_objectives(wanted, known=OBJECTIVES):
     for item in wanted:
         if plain_name(item) in by_name:
             new = [by_name[plain_name(item)]]
-        elif item.endswith(".json"):
+        elif item.endswith(".json") and (":" not in item or Path(item).exists()):
             new = read_objectives(item)
         elif ":" in item:
             new = [make_objective(*item.split(":", 1), where=repr(item))]
@@ -103,6 +125,8 @@ def find_objectives(wanted, known=OBJECTIVES):
 def make_objective(name, description, where):
     if not all(isinstance(text, str) and text.strip() for text in (name, description)):
         raise UserError(f"{where}: an objective needs a name and a description, texts that are not empty")
+    if ":" in name:
+        raise UserError(f"{where}: the name {shown(name)} holds a colon, which ends a name; leave it out")
     return Objective(name.strip(), description.strip())
 
 
@@ -110,7 +134,7 @@ def read_objectives(path):
     content = read_json(path)
     if isinstance(content, dict):
         content = [{"name": name, "description": description} for name, description in content.items()]
-    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+    if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise UserError(f'{path}: not objectives; write {{"name": "description", ...}} into it')
     return [make_objective(item.get("name"), item.get("description"), f"{path}: objective {place}")
             for place, item in enumerate(content, 1)]
@@ -192,8 +216,8 @@ def reformulate(rated, objectives, seed=0, margin=0.0, template=TEMPLATE, skippe
     the second edited into the first, to stay equal on those on which they are.
     rated: rows as read_rated yields them. objectives: Objectives, a list or a dict by name; scores on others do not
         count. margin: a score is better if it is higher by more than this.
-    skipped: a Counter, told of what was left out: examples with an empty target, and "better" ones whose two answers
-        are the same text.
+    skipped: a Counter, told of what was left out: examples with an empty target, "better" ones whose two answers are
+        the same text, and rows that give none.
     Yields {"prompt", "completion", "objectives": [names], "relation": "better" or "equal", "context" and "answer":
         [start, end] of the row's prompt and of the edited answer in the prompt}."""
     values = objectives.values() if isinstance(objectives, dict) else objectives
@@ -201,9 +225,10 @@ def reformulate(rated, objectives, seed=0, margin=0.0, template=TEMPLATE, skippe
     skipped = Counter() if skipped is None else skipped
     generator = random.Random(seed)
     for row in rated:
-        answers = [(response["text"], scores_on(by_name, response)) for response in row["responses"]]
+        answers, compared = [(response["text"], scores_on(by_name, response)) for response in row["responses"]], False
         for (first, first_scores), (second, second_scores) in itertools.combinations(answers, 2):
             better, worse, equal = compare(first_scores, second_scores, margin)
+            compared = compared or bool(better or worse or equal)
             directions = [(second, first, better, "better"), (first, second, worse, "better"),
                           (second, first, equal, "equal")]
             for source, target, names, relation in directions:
@@ -215,6 +240,8 @@ def reformulate(rated, objectives, seed=0, margin=0.0, template=TEMPLATE, skippe
                     generator.shuffle(names)
                     told = [by_name[name] for name in names]
                     yield make_example(row["prompt"], source, target, told, relation, template)
+        if not compared:
+            skipped["no two answers to the prompt are scored on one objective asked for"] += 1
 
 
 def scores_on(names, response):
@@ -357,7 +384,8 @@ def run_reformulate(files, out, objectives=None, objective=None, queries=None, m
                 names = {name for response in row["responses"] for name in response["scores"]}
                 unknown = sorted(names - set(known))
                 if unknown and not objectives:
-                    raise UserError(f"{where}: scores an unknown objective {unknown[0]!r}; {nearest(unknown[0], known)}"
+                    raise UserError(f"{where}: scores an unknown objective {shown(unknown[0])}; "
+                                    f"{nearest(unknown[0], known)}"
                                     "say with --objectives which ones to use, and describe new ones there")
                 scored.update(names)
                 yield row
@@ -388,9 +416,24 @@ def print_counts(made, skipped):
 
 def run_show(file, count=3):
     """Print the first records of any file of answers."""
-    (_, record), _ = first_and_all(records(file), file)
-    rows = read_pairs(file) if "completion" in record else read_rated(file, objective="chosen")
-    print_rows(itertools.islice(rows, count))
+    (_, record), source = first_and_all(records(file), file)
+    if "completion" in record and "label" not in record:
+        rows = read_pairs(file, source=source)
+    else:
+        rows = (row for _, row in located_rated(file, "chosen", source=source))
+    for which, row in enumerate(itertools.islice(rows, count), 1):
+        for place, response in enumerate(row.pop("responses") if "completion" not in row else [], 1):
+            scores = ", ".join(f"{name} {score:g}" for name, score in response["scores"].items())
+            row[f"response {place}: {scores or 'no scores'}"] = response["text"]
+        for key, value in row.items():
+            print(f"--- {which}. {printable(key)}\n{printable(value)}")
+
+
+def printable(value, limit=2000):
+    """Text for a terminal: no control characters, and of a long one only the beginning."""
+    text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    begin = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:limit])
+    return begin + (f"... ({len(text):,} characters)" if len(text) > limit else "")
 
 
 def main():
@@ -400,11 +443,12 @@ def main():
     command = commands.add_parser("reformulate", help="make examples of rated answers",
                                   description="Make prompt/completion examples of rated answers.")
     add = command.add_argument
-    add("files", nargs="+", metavar="FILE", help="UltraFeedback, HH-RLHF, TRL pairs, or rated JSON Lines")
+    add("files", nargs="+", metavar="FILE", help="rated answers, in any of the formats in `data.py --help`")
     add("--out", required=True, metavar="FILE", help="JSON Lines to write, gzipped if it ends in .gz")
     add("--objectives", nargs="+", metavar="O",
         help='names, "Name: description" or JSON files of them (default: all that the data score)')
-    add("--objective", metavar="O", help="what `chosen` is better at, if the path does not say it")
+    add("--objective", metavar="O",
+        help="what `chosen` is better at (KTO, Auto-J: what `label` tells), if the path does not say it")
     add("--queries", metavar="FILE", help="CSV with the column `query`, for outputs that have none")
     add("--margin", type=number(float, 0), default=0.0, help="a score is better if it is higher by more (default: 0)")
     add("--seed", type=int, default=0, help="for the order of the objectives in each prompt (default: 0)")

@@ -72,7 +72,7 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
     cache = f"{out}.policy-cache.jsonl"
     for path in (out, cache):
         check_out(path, files)
-    rows = (row for path in files for row in formats.read_rated(path, objective="chosen"))
+    rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
     answered_by = policy if is_url(policy) else checkpoint.fingerprint(policy)
     journal = Journal(out, digest(answered_by, policy_model, lasting(sampling), prompts))

@@ -1,147 +1,15 @@
-"""The files that answers come in: many formats, told apart by their content, gzipped or not.
+"""The formats that answers come in, told apart by their records' keys.
 
-From top to bottom: lines and records of any file; rated rows; examples, texts and what align.py writes; preferences; a
-look at rows. What is in each kind of row is listed at the top of data.py. Whatever cannot be read is a UserError, with
-file and line.
+From top to bottom: rated rows; examples, texts and what align.py writes; preferences. What is in each kind of row, and
+which keys tell a format, is listed at the top of data.py. Whatever cannot be read is a UserError, with file and line.
 """
-import csv
-import gzip
 import itertools
-import json
 import re
-import sys
-import zlib
+from collections import Counter
 from pathlib import Path
 
 from common import UserError
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Lines and records
-
-
-def lines(path):
-    """Yield (line number, text) of a UTF-8 file, gzipped or not (its first bytes tell). Raises UserError."""
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            stream = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(stream, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; "
-                        "convert the file to UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: the gzip data is damaged or cut off after line {number}; "
-                        "get the file again") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give a file in it") from None
-
-
-def parse_json(text, path, line=None):
-    """The value of a JSON text, which is a line of a file or (None) all of it. Raises UserError."""
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair is no character: it becomes U+FFFD
-            halves = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
-            value = json.loads(halves.decode("utf-16", "replace"))
-        return value
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line or error.lineno}: invalid JSON at column {error.colno} ({error.msg}); "
-                        "mend or remove the line") from None
-    except (RecursionError, ValueError):
-        raise UserError(f"{path}:{line or 1}: JSON too deep or with a number too long; remove it") from None
-
-
-def read_json(path):
-    return parse_json("".join(text for _, text in lines(path)), path)
-
-
-def first_and_all(iterator, path):
-    """(the first item, an iterator over all of them); UserError if there is none."""
-    for first in iterator:
-        return first, itertools.chain([first], iterator)
-    raise UserError(f"{path}: no data in it; give a file that is not empty")
-
-
-def records(path):
-    """Yield (where, dict) for each record of a JSON Lines file, a JSON list or a CSV file, told by content.
-
-    where: "path:line", for messages. Raises UserError for a file that is broken.
-    """
-    first, source = first_and_all(((number, text) for number, text in lines(path) if text.strip()), path)
-    mark = first[1].lstrip()[0]
-    if mark not in "{[":
-        yield from csv_records(path)
-        return
-    if mark == "{":
-        located = ((f"{path}:{number}", parse_json(text, path, number)) for number, text in source)
-    else:
-        items = enumerate(read_json(path), 1)
-        located = ((f"{path}: item {number}", item) for number, item in items)
-    for where, record in located:
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object {{...}}, found {kind(record)}; mend or remove it")
-        yield where, record
-
-
-def csv_records(path):
-    csv.field_size_limit(sys.maxsize)  # by default, an answer of more than 131,072 characters is refused
-    escape = "\\" if escapes_backslashes(path) else None
-    reader = csv.reader((text for _, text in lines(path)), escapechar=escape, strict=True)
-    header, line = None, 1
-    try:
-        for cells in reader:
-            if header is None:
-                header = cells
-            elif cells and len(cells) != len(header):
-                raise UserError(f"{path}:{line}: {len(cells)} cells, but the header ({shorten(header)}) has "
-                                f"{len(header)}; mend the row (is a quote missing?)")
-            elif cells:
-                yield f"{path}:{line}", dict(zip(header, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{line}: invalid CSV ({error}); mend the row that begins there") from None
-
-
-def escapes_backslashes(path):
-    r"""Whether a CSV file was written with the backslash as escape character (pandas: escapechar="\\").
-
-    Then each one in a cell stands there twice. Some of MetaAligner's published outputs were written without:
-    a single "\_" or "\(" gives them away, and to unescape them would change their text or break their rows.
-    """
-    single = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"])')
-    return not any("\\" in text and single.search(text) for _, text in lines(path))
-
-
-def kind(value):
-    names = {str: "a text", dict: "an object", list: "a list", type(None): "nothing"}
-    return names.get(type(value), repr(value))
-
-
-def shorten(names, limit=100):
-    text = ", ".join(str(name) for name in names)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def field(record, key, where, wanted=str):
-    """record[key], if it is there and of the wanted type; else UserError."""
-    value = record.get(key)
-    if not isinstance(value, wanted):
-        wanted = kind(wanted())
-        raise UserError(f"{where}: {key!r} should be {wanted}, found {kind(value)}; mend or remove it")
-    return value
-
-
-def objects(record, key, where):
-    """record[key], if it is a list of objects; else UserError."""
-    value = field(record, key, where, list)
-    for item in value:
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: {key!r} should hold objects, found {kind(item)}; mend or remove it")
-    return value
+from files import field, first_and_all, is_parquet, kind, lines, objects, records, shorten, shown
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -153,46 +21,63 @@ ASSISTANT = "\n\nAssistant:"
 def read_rated(path, objective=None, queries=None, skipped=None):
     """Yield the rated rows of a file in any of FORMATS, told apart by its first record.
 
-    objective: the name of what "chosen" is better at, for files of pairs. HH-RLHF's tell it by their own name
-        or their folder's (harmless-base/train.jsonl.gz, helpful-online.test.jsonl).
+    objective: the name of what "chosen" is better at, or what "label" tells (KTO, Auto-J). HH-RLHF's files tell it by
+        their own name or their folder's (harmless-base/train.jsonl.gz, helpful-online.test.jsonl).
     queries: file with the "query" column, for MetaAligner outputs that have none (IMHI), joined row by row;
         by default the file in the same folder that is called queries plus the same ending.
-    skipped: a Counter, told how many rows were left out and why. These are HH-RLHF pairs whose dialogues
-        differ before the last assistant turn (5 of 2,312 in harmless-base's test set): the two last answers
-        are to different questions.
+    skipped: a Counter, told how many rows were left out and why: HH-RLHF pairs whose dialogues differ before the last
+        assistant turn (5 of 2,312 in harmless-base's test set), so that the two answers are to different questions.
     Raises UserError, with file and line, for whatever cannot be read.
     """
     for _, row in located_rated(path, objective, queries, skipped):
         yield row
 
 
-def located_rated(path, objective=None, queries=None, skipped=None):
-    """read_rated, as pairs (where, row)."""
-    (where, record), source = first_and_all(records(path), path)
+def located_rated(path, objective=None, queries=None, skipped=None, source=None):
+    """read_rated, as pairs (where, row). source: the file's records, where they are being read already."""
+    (where, record), source = first_and_all(source or records(path), path)
     columns = set(record)
-    if "generated_text" in columns and "query" not in columns:
+    if "generated_text" in columns and not {"query", "prompt"} & columns:
         source = with_queries(path, source, queries)
         columns.add("query")
-    if {"prompt", "completion"} <= columns:
+    if {"prompt", "completion"} <= columns and "label" not in columns:
         raise UserError(f"{where}: these are examples already (prompt, completion); give the data rated")
     convert = next((convert for _, keys, convert in FORMATS if keys <= columns), None)
     if convert is None:
-        known = "; ".join(f"{name} ({', '.join(sorted(keys))})" for name, keys, _ in FORMATS)
-        raise UserError(f"{where}: no known format has {shorten(record)}; give one of: {known}")
-    if convert is from_pair:
+        raise UserError(f"{where}: no known format has {shorten(record)}; {KNOWN}")
+    if convert in (from_pair, from_kto, from_auto_j):
         objective = objective or objective_of_path(path)
-    for where, record in source:
-        row = convert(record, where, objective)
-        if row is not None:
-            yield where, row
-        elif skipped is not None:
-            skipped["the two dialogues differ before the last answer"] += 1
+    def converted():
+        for where, record in source:
+            content = convert(record, where, objective)
+            if content is not None:
+                yield where, rated_row(record, where, *content)
+            elif skipped is not None:
+                skipped["the two dialogues differ before the last answer"] += 1
+    yield from joined(converted()) if convert in JOINED else converted()
+
+
+def joined(rows):
+    """Pairs (where, rated row), neighbours of one prompt as one row: with all their responses, where each has one (KTO,
+    HelpSteer2); else, where these are the same, with all their scores (labels, scored pairs)."""
+    def common(item):
+        texts = [response["text"] for response in item[1]["responses"]]
+        return {**item[1], "responses": texts if len(texts) > 1 else []}
+    for _, ((where, row), *others) in itertools.groupby(rows, common):
+        for other_where, other in others:
+            if len(other["responses"]) == 1:
+                row["responses"] += other["responses"]
+                continue
+            for response, more in zip(row["responses"], other["responses"]):
+                if any(response["scores"].get(name, score) != score for name, score in more["scores"].items()):
+                    raise UserError(f"{other_where}: scores the pair of the row before anew; remove one of the two")
+                response["scores"].update(more["scores"])
+        yield where, row
 
 
 def objective_of_path(path):
     for name in (Path(path).name, Path(path).resolve().parent.name):
-        match = re.match(r"(harmless|helpful)(?![a-z])", name)
-        if match:
+        if match := re.match(r"(harmless|helpful)(?![a-z])", name):
             return match[1]
     raise UserError(f"{path}: says which answer is better, but not at what; give --objective NAME")
 
@@ -211,19 +96,34 @@ def with_queries(path, source, queries):
         yield where, {**answer, "query": field(query, "query", where_asked)}
 
 
-def rated_row(record, prompt, responses, golden=None):
-    extra = {"golden": golden} if isinstance(golden, str) else {}
-    if isinstance(record.get("objectives"), list):
-        extra["objectives"] = record["objectives"]
-    return {"prompt": prompt, "responses": responses, **extra}
+def rated_row(record, where, prompt, answers, best_is_golden=False):
+    """A rated row of answers [(text, scores)], with the record's golden answer and objectives, where it has any."""
+    row = {"prompt": prompt, "responses": []}
+    for text, scores in answers:
+        row["responses"].append({"text": text, "scores": present(scores, where)})
+    golden, objectives = golden_and_objectives(record, where)
+    if best_is_golden and golden is None and (best := best_rated(row["responses"])):
+        golden = best["text"]
+    return row | ({} if golden is None else {"golden": golden}) | ({"objectives": objectives} if objectives else {})
+
+
+def golden_and_objectives(record, where):
+    """(text or None, list of texts) of a record; UserError for anything else. In align.py's CSV files, objectives are
+    joined by " | ", and an empty golden answer is none."""
+    golden, objectives = record.get("golden", record.get("goldens")), record.get("objectives")
+    if isinstance(objectives, str):
+        golden, objectives = None if golden == "" else golden, [text for text in objectives.split(" | ") if text]
+    objectives = [] if objectives is None else objectives
+    if not isinstance(objectives, list) or not all(isinstance(text, str) for text in objectives):
+        raise UserError(f'{where}: "objectives" should be a list like ["Name: text"]; mend or remove it')
+    return golden if golden is None else field({"golden": golden}, "golden", where), objectives
 
 
 def from_rated(record, where, _):
-    responses = []
-    for response in objects(record, "responses", where):
-        scores = field({"scores": {}, **response}, "scores", where, dict)
-        responses.append({"text": field(response, "text", where), "scores": present(scores, where)})
-    return rated_row(record, field(record, "prompt", where), responses, record.get("golden"))
+    answers = [(field(response, "text", where),
+                {} if response.get("scores") is None else field(response, "scores", where, dict))
+               for response in objects(record, "responses", where)]
+    return field(record, "prompt", where), answers
 
 
 def present(scores, where):
@@ -231,28 +131,28 @@ def present(scores, where):
     scores = {name: score for name, score in scores.items() if score is not None and score == score}
     for name, score in scores.items():
         if type(score) not in (int, float) or not -1e300 < score < 1e300:
-            raise UserError(f"{where}: the score {name!r} is {shorten([repr(score)])}, not a number; "
-                            "mend it or leave it out")
+            raise UserError(f"{where}: the score {shown(name)} is {shown(score)}, not a number; mend or remove it")
     return scores
 
 
-RATINGS = {"honesty": "honest", "truthfulness": "truthful", "helpfulness": "helpful"}
+RATINGS = {"honesty": "honest", "truthfulness": "truthful", "helpfulness": "helpful", "correctness": "correct",
+           "coherence": "coherent", "complexity": "complex", "verbosity": "verbose"}
 
 
 def from_ultrafeedback(record, where, _):
     """UltraFeedback's release. A rating that is N/A is left out; golden has the highest sum of ratings."""
-    responses = []
+    answers = []
     for completion in objects(record, "completions", where):
         scores = {}
         for name, annotation in field(completion, "annotations", where, dict).items():
             rating = annotation.get("Rating") if isinstance(annotation, dict) else annotation
             try:
-                scores[RATINGS.get(name, name)] = None if rating in (None, "N/A", "") else float(rating)
-            except (TypeError, ValueError):
-                raise UserError(f"{where}: the rating {rating!r} is no number; mend or remove it") from None
-        responses.append({"text": field(completion, "response", where), "scores": present(scores, where)})
-    golden = best_rated(responses)
-    return rated_row(record, field(record, "instruction", where), responses, golden and golden["text"])
+                rating = None if rating in ("N/A", "") else float(rating) if isinstance(rating, str) else rating
+            except ValueError:
+                raise UserError(f"{where}: the rating {shown(rating)} is no number; mend or remove it") from None
+            scores[RATINGS.get(name, name)] = rating
+        answers.append((field(completion, "response", where), scores))
+    return field(record, "instruction", where), answers, True
 
 
 def best_rated(responses):
@@ -273,8 +173,60 @@ def from_pair(record, where, objective):
             return None
         prompt = parts[0][0] + ASSISTANT
         answers = [answer.strip() for _, _, answer in parts]
-    return rated_row(record, prompt, [{"text": answers[0], "scores": {objective: 1}},
-                                      {"text": answers[1], "scores": {objective: 0}}])
+    return prompt, [(answers[0], {objective: 1}), (answers[1], {objective: 0})]
+
+
+def from_kto(record, where, objective):
+    """KTO: one answer, and whether it was approved of."""
+    scores = {objective: int(field(record, "label", where, bool))}
+    return prompt_text(record, "prompt", where), [(answer_text(record, "completion", where), scores)]
+
+
+def from_helpsteer(record, where, _):
+    """HelpSteer2: one response with its ratings."""
+    scores = {RATINGS[name]: rating for name, rating in record.items() if name in RATINGS}
+    return prompt_text(record, "prompt", where), [(field(record, "response", where), scores)]
+
+
+def from_safe_rlhf(record, where, _):
+    """PKU-SafeRLHF: which of two responses, 0 or 1, is the more helpful one, and which the more harmless one."""
+    best = {"helpful": record.get("better_response_id"), "harmless": record.get("safer_response_id")}
+    for name, number in best.items():
+        if type(number) is not int or number not in (0, 1):
+            raise UserError(f"{where}: the id of the more {name} response is {shown(number)}, not 0 or 1; mend it")
+    return prompt_text(record, "prompt", where), [
+        (field(record, f"response_{i}", where), {name: int(i == best[name]) for name in best}) for i in (0, 1)]
+
+
+def from_auto_j(record, where, objective):
+    """Auto-J. Label 0: people preferred the first response; 1: the second; 2: neither."""
+    label = record.get("label")
+    if label not in (0, 1, 2) or isinstance(label, bool):
+        raise UserError(f"{where}: 'label' is {shown(label)}, not 0, 1 or 2; mend or remove the row")
+    first = (1.0, 0.0, 0.5)[int(label)]
+    return field(record, "prompt", where), [(field(record, "response 1", where), {objective: first}),
+                                            (field(record, "response 2", where), {objective: 1 - first})]
+
+
+def from_judged(record, where, _):
+    """Our labels, or what `reward.py score` writes: scores {name: [of response_a, of response_b]}."""
+    if "scores" not in record:
+        (label,) = from_label(record, where)
+        record = {**record, "scores": {label["principle"]: [label["p_a"], 1 - label["p_a"]]}}
+    scores = field(record, "scores", where, dict)
+    for name, both in scores.items():
+        if not isinstance(both, list) or len(both) != 2:
+            raise UserError(f"{where}: the scores {shown(name)} are {kind(both)}, not a list of two numbers; mend them")
+    return field(record, "prompt", where), [
+        (field(record, f"response_{side}", where), {name: both[i] for name, both in scores.items()})
+        for i, side in enumerate("ab")]
+
+
+def from_alpaca(record, where, _):
+    """Alpaca's rows and AlpacaEval's outputs. What the instruction speaks about, the input, stands below it."""
+    given = "" if record.get("input") is None else field(record, "input", where)
+    prompt = field(record, "instruction", where) + (f"\n\n{given}" if given.strip() else "")
+    return prompt, [(field(record, "output", where), {})]
 
 
 def dialogue_text(record, key, where):
@@ -298,66 +250,106 @@ def answer_text(record, key, where):
     return record[key][-1]["content"] if isinstance(record[key], list) else text
 
 
-def unrated(prompt_key, answer_key=None, golden_key="golden"):
-    """A converter for files with one answer or none to a prompt, and no scores."""
+def unrated(prompt_key, answer_key=None):
+    """A converter for files with one answer or none to a prompt, and no scores. Without answer_key, a record with a key
+    that looks like an answer's (and is not empty, true or false) is a UserError."""
     def convert(record, where, _):
-        answers = [{"text": field(record, answer_key, where), "scores": {}}] if answer_key else []
-        return rated_row(record, prompt_text(record, prompt_key, where), answers, record.get(golden_key))
+        answers = [(field(record, answer_key, where), {})] if answer_key else []
+        for key, value in () if answers else record.items():
+            if ANSWERS.fullmatch(key.lower()) and value not in (None, "", [], {}) and not isinstance(value, bool):
+                raise UserError(f"{where}: {shown(key)} looks like an answer, in no known format; remove it or {KNOWN}")
+        return prompt_text(record, prompt_key, where), answers
     return convert
 
 
+ANSWERS = re.compile(  # keys of answers, by their names, but not of their number, id, format, ...
+    r"(?!(num|n|max|min|is|has|in)[\W_])(?!.*[\W_](ids?|idx|index|format|schema|type|length|len|tokens?|count|model|by|at|"
+    r"to|date|time|version|scores?|ratings?|language|lang|source|config|settings)$)"
+    r".*(response|answer|output|completion|generated|generation|reply|replies|chosen|rejected|aligned).*", re.DOTALL)
 FORMATS = [  # name, the keys or columns that tell it, what makes a rated row of a record
     ("rated", {"prompt", "responses"}, from_rated),
     ("UltraFeedback", {"instruction", "completions"}, from_ultrafeedback),
     ("HH-RLHF or TRL pairs", {"chosen", "rejected"}, from_pair),
-    ("AlpacaEval outputs", {"instruction", "output"}, unrated("instruction", "output")),
-    ("MetaAligner outputs", {"query", "generated_text"}, unrated("query", "generated_text", "goldens")),
+    ("KTO", {"prompt", "completion", "label"}, from_kto),
+    ("HelpSteer2", {"prompt", "response", "helpfulness"}, from_helpsteer),
+    ("PKU-SafeRLHF", {"prompt", "response_0", "response_1"}, from_safe_rlhf),
+    ("labels or scored pairs", {"prompt", "response_a", "response_b"}, from_judged),
+    ("Auto-J", {"prompt", "response 1", "response 2"}, from_auto_j),
+    ("Alpaca or AlpacaEval outputs", {"instruction", "output"}, from_alpaca),
+    ("MetaAligner outputs", {"query", "generated_text"}, unrated("query", "generated_text")),
+    ("aligned", {"prompt", "original", "aligned"}, unrated("prompt", "aligned")),
     ("prompts", {"prompt"}, unrated("prompt")),
-    ("queries", {"query"}, unrated("query", golden_key="goldens")),
+    ("queries", {"query"}, unrated("query")),
 ]
+KNOWN = f"give one of: {'; '.join(name for name, _, _ in FORMATS)} (their keys: python data.py --help)"
+JOINED = (from_kto, from_helpsteer, from_judged)  # of which several rows may belong together
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Examples, texts, and what align.py writes
 
-
-def read_pairs(path):
-    """Yield examples {"prompt", "completion", ...} of a file by reformulate, or any in that form of TRL's.
-
-    A row's other keys (such as "relation" and "context") are kept. Raises UserError, with file and line.
-    """
-    _, source = first_and_all(records(path), path)
+def read_pairs(path, relation=None, skipped=None, source=None):
+    """Yield examples {"prompt", "completion", ...} of a file by reformulate, or any in that form of TRL's; other keys
+    are kept. relation: yield only those with this "relation", "better" or "equal". skipped: a Counter, told how many
+    were left out: those that KTO labels false, and those without a relation. source: the file's records, if they are
+    being read already. Raises UserError, with file and line."""
+    skipped = Counter() if skipped is None else skipped
+    _, source = first_and_all(source or records(path), path)
     for where, row in source:
+        if "label" in row and not field(row, "label", where, bool):
+            skipped["their label is false"] += 1
+            continue
+        row = {key: value for key, value in row.items() if value is not None}
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{where}: no prompt and completion, but {shorten(row)}; make examples with "
                             "`python data.py reformulate FILE --out pairs.jsonl`")
         prompt, completion = prompt_text(row, "prompt", where), answer_text(row, "completion", where)
-        for key in {"context", "answer"} & set(row):
+        for key in [key for key in ("context", "answer") if key in row]:
             span = field(row, key, where, list)
             if [type(place) for place in span] != [int, int] or not 0 <= span[0] <= span[1] <= len(prompt):
                 raise UserError(f"{where}: {key!r} should be [start, end] in the prompt; mend or remove it")
-        yield {**row, "prompt": prompt, "completion": completion}
+        if row.get("relation") not in (None, "better", "equal"):
+            raise UserError(f"{where}: 'relation' is {shown(row['relation'])}, not 'better' or 'equal'; mend the row")
+        if relation in (None, row.get("relation")):
+            yield {**row, "prompt": prompt, "completion": completion}
+        elif "relation" not in row:
+            skipped["no 'relation' says whether the completion is better than the answer or equal"] += 1
 
 
-def read_completions(path):
-    """Yield {"prompt", "completion", ...} to fine-tune on: as read_pairs, or the best-rated answers."""
-    (_, record), _ = first_and_all(records(path), path)
+def read_completions(path, skipped=None):
+    """Yield {"prompt", "completion", ...} to fine-tune on: as read_pairs; Alpaca's outputs; the best-rated responses.
+    skipped: a Counter, told how many rows were left out and why."""
+    skipped = Counter() if skipped is None else skipped
+    (where, record), source = first_and_all(records(path), path)
     if "completion" in record:
-        yield from read_pairs(path)
+        yield from read_pairs(path, skipped=skipped, source=source)
         return
-    for row in read_rated(path, objective="chosen"):
-        best = best_rated(row["responses"])
-        if best is not None and best["text"].strip():
+    shows_how = {"instruction", "output"} <= set(record) and "generator" not in record  # Alpaca, but not AlpacaEval
+    for _, row in located_rated(path, "chosen", skipped=skipped, source=source):
+        best = row["responses"][0] if shows_how else best_rated(row["responses"])
+        if best is None:
+            skipped["no response has a score"] += 1
+        elif not best["text"].strip():
+            skipped["the best response is empty"] += 1
+        else:
             yield {"prompt": row["prompt"], "completion": best["text"]}
 
 
 def read_texts(path):
-    """Yield texts to pretrain on: "text" of JSON Lines, or plain text's paragraphs, between blank lines."""
-    first, source = first_and_all(lines(path), path)
-    if first[1].lstrip()[:1] in ("{", "["):
-        for where, record in records(path):
+    """Yield texts to pretrain on: "text" of records, or plain text's paragraphs, between blank lines. Which, a name in
+    .jsonl, .json, .csv or .txt (and .gz) tells; else whether one of the first two lines that are not blank begins as
+    JSON does. (If it is the second alone, the first was cut off.)"""
+    ending = ".parquet" if is_parquet(path) else Path(re.sub(r"\.gz$", "", str(path))).suffix.lower()
+    if ending not in (".parquet", ".jsonl", ".json", ".csv", ".txt"):
+        start = itertools.islice((text for _, text in lines(path) if text.strip()), 2)
+        begins = re.compile(r'\s*(\[\s*)?\{\s*("|$)|\s*\[\s*$')
+        ending = ".jsonl" if any(map(begins.match, start)) else ".txt"
+    if ending != ".txt":
+        _, source = first_and_all(records(path), path)
+        for where, record in source:
             yield field(record, "text", where)
         return
+    _, source = first_and_all(lines(path), path)
     for blank, group in itertools.groupby((text for _, text in source), key=lambda text: not text.strip()):
         if not blank:
             yield "".join(group).strip()
@@ -365,21 +357,16 @@ def read_texts(path):
 
 def read_aligned(path, limit=None):
     """The rows (at most `limit`) of a file that align.py wrote, JSON Lines or CSV, checked."""
-    rows = []
-    for where, row in records(path):
-        if isinstance(row.get("objectives"), str):  # a cell of a CSV file
-            row["objectives"] = [text for text in row["objectives"].split(" | ") if text]
-            row["golden"] = None if row.get("golden") == "" else row.get("golden")
-        missing = [name for name in ("prompt", "original", "aligned", "objectives") if row.get(name) is None]
+    rows, (_, source) = [], first_and_all(records(path), path)
+    for where, row in source:
+        golden, objectives = golden_and_objectives(row, where)
+        row |= {"objectives": objectives} | ({"golden": golden} if "golden" in row else {})
+        missing = [name for name in ("prompt", "original", "aligned", "objectives") if row.get(name) in (None, [])]
         if missing:
             raise UserError(f"{where}: no {', '.join(missing)}; this is not what align.py writes, give it to "
                             f"align.py first: python align.py --model ALIGNER --data {path} ...")
-        texts = [row["prompt"], row["original"], row["aligned"]]
-        texts += [] if row.get("golden") is None else [row["golden"]]
-        if not isinstance(row["objectives"], list) or not row["objectives"]:
-            raise UserError(f'{where}: "objectives" should be a list like ["Name: text"]; mend the row')
-        if not all(isinstance(text, str) for text in texts + row["objectives"]):
-            raise UserError(f"{where}: holds something else where a text should be; mend or remove the row")
+        for name in ("prompt", "original", "aligned"):
+            field(row, name, where)
         rows.append(row)
         if len(rows) == limit:
             break
@@ -389,18 +376,22 @@ def read_aligned(path, limit=None):
 # ----------------------------------------------------------------------------------------------------------------
 # Preferences
 
-
-def read_preferences(path, principle=None):
+def read_preferences(path, principle=None, skipped=None):
     """Yield {"prompt", "response_a", "response_b", "principle", "p_a"}: pairs of responses and the probability that the
     first is the better one on a principle (None: whatever the file's rows say, and with them, which).
 
-    Files: what `reward.py label` writes; AlpacaEval's annotated outputs (a model's against the reference); pairs judged
-    by people (Auto-J); HH-RLHF's or TRL's pairs; rated rows, every two responses of which are compared on a score.
+    Files: what `feedback.py label` writes; AlpacaEval's annotated outputs (a model's against the reference); any that
+    read_rated reads, of whose rows every two responses are compared on each score that both have (so what `reward.py
+    score` writes tells which ones the models prefer). skipped: a Counter, told how many rows were left out and why.
     """
     (_, first), source = first_and_all(records(path), path)
-    convert = next((convert for keys, convert in PREFERENCES if keys <= set(first)), None)
-    if convert is None:
-        yield from compared(read_rated(path, objective=principle or "overall"), principle)
+    if {"reference", "responses"} <= set(first):
+        convert = from_alpaca_eval
+    elif {"response_a", "response_b"} <= set(first) and "scores" not in first:
+        convert = from_label
+    else:
+        rated = located_rated(path, principle or "overall", skipped=skipped, source=source)
+        yield from compared((row for _, row in rated), principle, skipped)
         return
     for where, row in source:
         for pair in convert(row, where):
@@ -408,15 +399,16 @@ def read_preferences(path, principle=None):
                 yield pair
 
 
-def compared(rated, principle):
+def compared(rated, principle, skipped=None):
     """A preference for every two responses of rated rows and each principle (or the one) that both are scored on."""
     for row in rated:
-        for a, b in itertools.combinations(row["responses"], 2):
-            for name in a["scores"]:
-                if name in b["scores"] and principle in (None, name):
-                    difference = a["scores"][name] - b["scores"][name]
-                    p_a = (difference > 0) + 0.5 * (difference == 0)
-                    yield preference(row["prompt"], a["text"], b["text"], name, p_a)
+        found = [preference(row["prompt"], a["text"], b["text"], name, (score > b["scores"][name])
+                            + 0.5 * (score == b["scores"][name]))
+                 for a, b in itertools.combinations(row["responses"], 2)
+                 for name, score in a["scores"].items() if name in b["scores"] and principle in (None, name)]
+        yield from found
+        if not found and skipped is not None:
+            skipped["no two responses are scored on the same principle"] += 1
 
 
 def preference(prompt, response_a, response_b, principle, p_a):
@@ -427,7 +419,7 @@ def from_label(record, where):
     texts = [field(record, key, where) for key in ("prompt", "response_a", "response_b")]
     p_a = record.get("p_a")
     if type(p_a) not in (int, float) or not 0 <= p_a <= 1:
-        raise UserError(f"{where}: 'p_a' is {p_a!r}, not a probability; mend or remove the row")
+        raise UserError(f"{where}: 'p_a' is {shown(p_a)}, not a probability; mend or remove the row")
     yield preference(*texts, field({"principle": "overall", **record}, "principle", where), p_a)
 
 
@@ -441,38 +433,17 @@ def from_alpaca_eval(record, where):
                                "response_b": record.get("reference"), "p_a": p_a}, where)
 
 
-def from_auto_j(record, where):
-    """Label 0: people preferred the first; 1: the second; 2: neither."""
-    texts = [field(record, key, where) for key in ("prompt", "response 1", "response 2")]
-    label = record.get("label")
-    if label not in (0, 1, 2):
-        raise UserError(f"{where}: 'label' is {label!r}, not 0, 1 or 2; mend or remove the row")
-    yield preference(*texts, "overall", (1.0, 0.0, 0.5)[int(label)])
-
-
-PREFERENCES = [  # the keys that tell a format, what makes rows of a record
-    ({"response_a", "response_b", "p_a"}, from_label),
-    ({"reference", "responses"}, from_alpaca_eval),
-    ({"response 1", "response 2", "label"}, from_auto_j),
-]
-
-
 # ----------------------------------------------------------------------------------------------------------------
-# A look at rows
+# Any of these, of several files
 
 
-def print_rows(rows):
-    """Print rows of any kind, a text under the name of each key."""
-    for number, row in enumerate(rows, 1):
-        for place, response in enumerate(row.pop("responses", []), 1):
-            scores = ", ".join(f"{name} {score:g}" for name, score in response["scores"].items())
-            row[f"response {place}: {scores or 'no scores'}"] = response["text"]
-        for key, value in row.items():
-            print(f"--- {number}. {key}\n{printable(value)}")
-
-
-def printable(value, limit=2000):
-    """Text for a terminal: no control characters, and of a long one only the beginning."""
-    text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:limit])
-    return shown + (f"... ({len(text):,} characters)" if len(text) > limit else "")
+def read_all(paths, read, *options):
+    """The rows that read(path, *options, skipped) yields of each path, and a line for each reason that skipped, a
+    Counter, has for rows left out."""
+    rows = []
+    for path in paths:
+        skipped = Counter()
+        rows += read(path, *options, skipped)
+        for reason, count in skipped.items():
+            print(f"{path}: left out: {count:,} rows, {reason}")
+    return rows

@@ -19,7 +19,7 @@ import numpy
 import torch
 
 import checkpoint
-import formats
+import files
 import ppo
 import reward
 import toy
@@ -83,7 +83,7 @@ def make_pairs(out, counts, seed, device):
         write_jsonl(out / "pairs.jsonl", [{"prompt": prompt, "response_a": a, "response_b": b}
                                           for prompt, a, b in zip(prompts, first, second)])
     kept(out, "pairs.jsonl", [counts, seed, checkpoint.fingerprint(out / "policy"), code_of("morlaif")], make)
-    rows = iter([row for _, row in formats.records(out / "pairs.jsonl")])
+    rows = iter([row for _, row in files.records(out / "pairs.jsonl")])
     return {name: list(itertools.islice(rows, count)) for name, count in counts.items()}
 
 
@@ -233,7 +233,7 @@ def run_seed(out, seed, quick, device):
     with whole_run(out, {"seed": seed, "quick": quick}, "morlaif"):
         kept(out, "results.json", [seed, quick, code_of("morlaif")],
              lambda: write_jsonl(out / "results.json", [find_out(out, seed, quick, device)]))
-    return formats.read_json(out / "results.json")
+    return files.read_json(out / "results.json")
 
 
 def find_out(out, seed, quick, device):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import files
 import formats
 import losses
 import reward
@@ -125,7 +126,7 @@ def read_weights(words, names):
     if not words:
         return [1.0] * len(names)
     if len(words) == 1 and words[0].endswith(".json"):
-        content = formats.read_json(words[0])
+        content = files.read_json(words[0])
         missing = [name for name in names if not isinstance(content, dict) or name not in content]
         if missing:
             raise UserError(f"{words[0]}: no weight for {', '.join(missing)}; give {{name: weight}} for every reward")
@@ -510,7 +511,7 @@ def main():
     weights = read_weights(args.weights, rewards.names)
     policy = train.start_from(args.model, "ppo", device, options)
     tokenizer = checkpoint.load_tokenizer(args.model, policy)
-    rows = [row for path in args.data for row in formats.read_rated(path, objective="chosen")]
+    rows = formats.read_all(args.data, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "
           "rewards: " + ", ".join(f"{weight:g} x {name}" for weight, name in zip(weights, rewards.names)))

@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 import data
+import files
 import formats
 import train
 from eval import mean_and_interval
@@ -130,7 +131,7 @@ def read_principle(folder):
     path = Path(folder) / "principle.json"
     if not path.exists():
         return {"name": Path(folder).name, "mean": 0.0, "std": 1.0}
-    content = formats.read_json(path)
+    content = files.read_json(path)
     wanted = {"name": str, "mean": (int, float), "std": (int, float)}
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in wanted.items()):
         raise UserError(f"{path}: holds no name, mean and std; train the preference model again")
@@ -350,7 +351,7 @@ TRAINING = dict(lr=1e-5, batch=64, epochs=1.0, val_share=0.1)  # where the defau
 
 def read_labels(files, principles=None):
     """The preferences in files, on these principles alone (None: on all)."""
-    rows = [row for path in files for row in formats.read_preferences(path)]
+    rows = formats.read_all(files, formats.read_preferences, None)
     labelled = {row["principle"] for row in rows}
     missing = [name for name in principles or () if name not in labelled]
     if missing or not rows:
@@ -395,7 +396,7 @@ def add_train(commands):
                                  description="Train a preference model for each principle that is labelled, and report "
                                              "how it does on prompts held out. A killed run continues.")
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="labels, rated responses, HH-RLHF or TRL pairs, AlpacaEval, Auto-J")
+    add("files", nargs="+", metavar="FILE", help="labels, rated responses, pairs (see `python data.py --help`)")
     add("--model", required=True, metavar="FOLDER", help="the Llama to start from")
     add("--out", required=True, metavar="FOLDER", help="where a folder for each principle goes")
     add("--principles", nargs="+", metavar="NAME", help="train only these (default: all that are labelled)")

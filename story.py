@@ -17,6 +17,7 @@ from pathlib import Path
 from common import announce, cli, code_of, digest, make_parser, write_jsonl
 import checkpoint
 import data
+import files
 import formats
 import toy
 import train
@@ -257,7 +258,7 @@ def ablation(out, counts, seed, device):
 def add_rows(path, rows):
     """Put rows of one count of topics into a file, in the place of those of the same count and of those that other code
     has made."""
-    kept = [row for _, row in formats.records(path)] if path.exists() else []
+    kept = [row for _, row in files.records(path)] if path.exists() else []
     kept = [row for row in kept if row["topics"] != rows[0]["topics"] and row["code"] == rows[0]["code"]]
     write_jsonl(path, kept + rows)
 

@@ -20,15 +20,17 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, number, option,
+                    read_options, refuse_given, seed_from, write_text)
+
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import data
+import files
 import formats
 import losses
-from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, number, option,
-                    read_options, refuse_given, seed_from, write_text)
 from lora import add_lora
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
 from resume import Run, read_metrics
@@ -73,17 +75,17 @@ def pretrain_rows(paths, options):
 
 def sft_rows(paths, options):
     """Supervised fine-tuning: a prompt's completion, or the best-rated response of preference data."""
-    return [row for path in paths for row in formats.read_completions(path)]
+    return formats.read_all(paths, formats.read_completions)
 
 
 def equal_rows(paths, options):
     """Equal-preference pairs (MetaAligner, step 2)."""
-    return [row for path in paths for row in formats.read_pairs(path) if row.get("relation") == "equal"]
+    return formats.read_all(paths, formats.read_pairs, "equal")
 
 
 def better_rows(paths, options):
     """Contrastive preference pairs (MetaAligner, step 3)."""
-    return [row for path in paths for row in formats.read_pairs(path) if row.get("relation") == "better"]
+    return formats.read_all(paths, formats.read_pairs, "better")
 
 
 def partner_rows(paths, options):
@@ -106,9 +108,13 @@ def identity_rows(paths, options):
 
 def preference_rows(paths, options):
     """Pairs of responses with the probability that the first is better (AI feedback, HH-RLHF, rated answers)."""
-    rows = [row for path in paths for row in formats.read_preferences(path, options.principle or None)]
+    rows = formats.read_all(paths, formats.read_preferences, options.principle or None)
+    if options.principle and not rows:
+        there = sorted({row["principle"] for path in paths for row in formats.read_preferences(path)})
+        raise UserError(f"{paths[0]}: compares no responses on {files.shown(options.principle)}, but on "
+                        f"{files.shorten(there) or 'nothing'}; choose one of these with --principle")
     if len(principles := sorted({row["principle"] for row in rows})) > 1:
-        raise UserError(f"{paths[0]}: compares responses on {formats.shorten(principles)}; choose one with "
+        raise UserError(f"{paths[0]}: compares responses on {files.shorten(principles)}; choose one with "
                         "--principle, or train a preference model for each (reward.py train)")
     return rows
 
@@ -562,8 +568,8 @@ def main():
         stages.append(prepare(name, rows, tokenizer, llama.config, options, replay, share))
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters on {device}; "
           + ", ".join(f"{s.name}: {len(s.examples):,} examples, {steps_in(s, options):,} steps" for s in stages))
-    files = {path: file_digest(path) for path in [*args.data, *args.replay]}
-    about = {"base": args.model, "device": str(device), "files": files}
+    digests = {path: file_digest(path) for path in [*args.data, *args.replay]}
+    about = {"base": args.model, "device": str(device), "files": digests}
     rows = train(llama, tokenizer, stages, args.out, options, args.resume, args.overwrite, about)
     for stage in stages:
         losses_there = [row["val_loss"] for row in rows if row["stage"] == stage.name and "val_loss" in row]

@@ -1,5 +1,7 @@
 """What all tests share: imports from the top folder, the real material beside the repository, the `cuda` marker, the
 scripts' command lines in this process, and small files of rows."""
+import csv
+import io
 import json
 import re
 import sys
@@ -69,3 +71,12 @@ def write(path, *rows):
 
 def response(text, **scores):
     return {"text": text, "scores": scores}
+
+
+def write_csv(path, rows, escape):
+    """As pandas' to_csv does with escapechar="\\" (both quotes and backslashes are doubled) or without."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([[cell.replace("\\", "\\\\") for cell in row] if escape else row for row in rows])
+    path.write_text(file.getvalue(), encoding="utf-8", newline="")
+    return path

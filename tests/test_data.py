@@ -1,4 +1,5 @@
 """data.py: objectives, the reformulation, token ids, and the command line."""
+import datetime
 import itertools
 import json
 import random
@@ -36,14 +37,14 @@ def edited(example):
 # Objectives
 
 
-def test_fifteen_objectives_ship_with_one_sentence_each():
+def test_eighteen_objectives_ship_with_one_sentence_each():
     assert set(data.OBJECTIVES) == set(
         "harmless helpful humour instruction_following honest truthful correct informative professional "
-        "specific factual readable fair repetition length".split())
+        "specific factual readable fair repetition length coherent complex verbose".split())
     for name, objective in data.OBJECTIVES.items():
         assert objective.name == name and str(objective) == f"{name}: {objective.description}"
         assert objective.description.startswith("The response should ") and "." not in objective.description
-    assert len({objective.description for objective in data.OBJECTIVES.values()}) == 15
+    assert len({objective.description for objective in data.OBJECTIVES.values()}) == 18
 
 
 def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path):
@@ -58,6 +59,7 @@ def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path)
                                                     Objective("harmless", "Harm: none")]
     own = {"Mention Garlic": Objective("Mention Garlic", "mention garlic")}
     assert data.find_objectives(["mention_garlic"], known=own) == list(own.values())
+    assert data.find_objectives(["Format: as in package.json"]) == [Objective("Format", "as in package.json")]
 
 
 @pytest.mark.parametrize("wanted, message", [
@@ -73,7 +75,8 @@ def test_unknown_objectives_name_the_nearest_known(wanted, message):
         data.find_objectives(wanted)
 
 
-@pytest.mark.parametrize("content", ["[1]", '"text"', '{"a": 1}', '[{"name": "a"}]', "{", '{"a": " "}'])
+@pytest.mark.parametrize("content", ["[1]", '"text"', '{"a": 1}', '[{"name": "a"}]', "{", '{"a": " "}', "[]", "{}",
+                                     '{"a: b": "c"}'])
 def test_objective_files_of_another_shape_are_refused(tmp_path, content):
     (tmp_path / "o.json").write_text(content)
     with pytest.raises(UserError, match="o.json"):
@@ -172,6 +175,15 @@ def test_empty_targets_and_better_copies_are_left_out_and_counted():
             for row in data.reformulate(rated, [A, B], skipped=skipped)]
     assert made == [("same", "same", "equal")]
     assert sorted(skipped.values()) == [1, 2]  # one copy; the empty answer would have been two pairs' target
+
+
+def test_rows_whose_answers_cannot_be_compared_are_counted():
+    one, two = response("one", a=1, b=2), response("two", a=0, c=1)
+    rows = [[], [one], [one, response("two", c=1)], [one, two], [two, two]]
+    skipped = Counter()
+    rated = [{"prompt": "q", "responses": responses} for responses in rows]
+    assert len(list(data.reformulate(rated, [A, B], skipped=skipped))) == 2  # of the last two rows
+    assert skipped == {"no two answers to the prompt are scored on one objective asked for": 3}
 
 
 def test_prompt_has_instruction_objectives_context_answer_in_this_order():
@@ -385,6 +397,19 @@ def test_reformulate_takes_objectives_margin_and_template(tmp_path):
 def test_shown_texts_cannot_control_the_terminal(tmp_path):
     result = run("show", write(tmp_path / "r.jsonl", {"prompt": "\x1b[31mred", "completion": "x" * 5000}))
     assert "\x1b" not in result.stdout and "(5,000 characters)" in result.stdout
+
+
+def test_show_takes_labels_kto_and_examples_that_have_odd_keys(tmp_path):
+    label = formats.preference("q", "x", "y", "tone", 0.25)
+    for row, words in ((label, "1: tone 0.25\nx"),
+                       ({"prompt": "q", "completion": "x", "label": False}, "1: chosen 0\nx"),
+                       ({"prompt": "q", "completion": "x", "responses": 5, "\x1b[2J": "z"}, "responses\n5")):
+        shown = run("show", write(tmp_path / "r.jsonl", row))
+        assert shown.returncode == 0 and words in shown.stdout and "\x1b" not in shown.stdout, shown
+
+
+def test_values_that_only_parquet_has_are_shown_too():
+    assert data.printable([datetime.date(2024, 1, 2), b"x"]) == '["2024-01-02", "b\'x\'"]'
 
 
 def limit_file_size():

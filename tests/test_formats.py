@@ -1,18 +1,16 @@
 """formats.py: the readers of every format, on small files and on real ones, and what broken files do."""
-import csv
 import gzip
-import hashlib
-import io
 import json
-import sys
+import random
 from collections import Counter
 
 import pytest
-from conftest import assert_one_line, response, write
+from conftest import response, write, write_csv
 
 import common
 import data
 import formats
+import train
 from common import UserError
 
 
@@ -95,6 +93,206 @@ def test_rated_rows_keep_golden_and_objectives_and_drop_missing_scores(tmp_path)
          "responses": [response("x", a=1), response("y")]}]
 
 
+def rated(prompt, *responses, **more):
+    return {"prompt": prompt, "responses": [*responses], **more}
+
+
+def test_alpacas_input_stands_below_the_instruction_and_its_output_is_learned(tmp_path):
+    rows = [("Add.", "2, 3", "5"), ("Sing.", " ", "La"), ("Sum up.", None, " ")]
+    rows = [dict(zip(("instruction", "input", "output"), row)) for row in rows]
+    path, skipped = write(tmp_path / "a.jsonl", *rows), Counter()
+    expected = [("Add.\n\n2, 3", "5"), ("Sing.", "La"), ("Sum up.", " ")]
+    assert list(formats.read_rated(path)) == [rated(prompt, response(text)) for prompt, text in expected]
+    assert [(row["prompt"], row["completion"]) for row in formats.read_completions(path, skipped)] == expected[:2]
+    assert skipped == {"the best response is empty": 1}
+    outputs, skipped = write(tmp_path / "m.jsonl", *[{**row, "generator": "m"} for row in rows]), Counter()
+    assert not list(formats.read_completions(outputs, skipped))  # what some model said is no example to follow
+    assert skipped == {"no response has a score": 3}
+
+
+def test_kto_rows_are_rated_by_their_label_and_only_the_good_ones_are_learned(tmp_path):
+    rows = [("q", "x", True), ("q", "y", False), ([{"role": "user", "content": "r"}], "z", False), ("q", "v", True)]
+    path = write(tmp_path / "kto.jsonl", *[dict(zip(("prompt", "completion", "label"), row)) for row in rows])
+    expected = [rated("q", response("x", kind=1), response("y", kind=0)),
+                rated("\n\nHuman: r\n\nAssistant:", response("z", kind=0)), rated("q", response("v", kind=1))]
+    assert list(formats.read_rated(path, "kind")) == expected
+    with pytest.raises(UserError, match="--objective"):
+        next(formats.read_rated(path))
+    skipped = Counter()
+    assert [row["completion"] for row in formats.read_completions(path, skipped)] == ["x", "v"]
+    assert skipped == {"their label is false": 2}
+    assert list(formats.read_preferences(path, "kind")) == [formats.preference("q", "x", "y", "kind", 1.0)]
+
+
+def test_helpsteer_rows_of_a_prompt_are_one_row_with_known_objectives(tmp_path):
+    def row(prompt, text, *ratings):
+        names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+        return {"prompt": prompt, "response": text, **dict(zip(names, ratings))}
+    path = write(tmp_path / "h.jsonl", row("q", "x", 4, 3, 4, 2, 1), row("q", "y", 1, 3, None, 2, 2), row("r", "z", 0))
+    read = list(formats.read_rated(path))
+    assert read == [rated("q", response("x", helpful=4, correct=3, coherent=4, complex=2, verbose=1),
+                          response("y", helpful=1, correct=3, complex=2, verbose=2)),
+                    rated("r", response("z", helpful=0))]
+    assert set(read[0]["responses"][0]["scores"]) <= set(data.OBJECTIVES)
+    found = {row["principle"]: row["p_a"] for row in formats.read_preferences(path)}
+    assert found == {"helpful": 1.0, "correct": 0.5, "complex": 0.5, "verbose": 0.0}
+
+
+SAFE = {"prompt": "q", "response_0": "x", "response_1": "y", "is_response_0_safe": True, "is_response_1_safe": False,
+        "better_response_id": 1, "safer_response_id": 0, "response_0_severity_level": 0}
+
+
+def test_safe_rlhf_pairs_of_a_prompt_stay_apart(tmp_path):
+    """What is better is said within a pair: a loser of one pair may be better than the winner of another."""
+    path = write(tmp_path / "s.jsonl", SAFE, {**SAFE, "response_0": "v", "better_response_id": 0})
+    assert list(formats.read_rated(path)) == [
+        rated("q", response("x", helpful=0, harmless=1), response("y", helpful=1, harmless=0)),
+        rated("q", response("v", helpful=1, harmless=1), response("y", helpful=0, harmless=0))]
+    assert [row["p_a"] for row in formats.read_preferences(path, "helpful")] == [0.0, 1.0]
+
+
+LABEL = {"prompt": "q", "response_a": "x", "response_b": "y", "principle": "detail", "p_a": 0.25}
+
+
+def test_labels_of_a_pair_are_one_rated_row(tmp_path):
+    other = {**LABEL, "response_b": "z"}
+    path = write(tmp_path / "l.jsonl", LABEL, {**LABEL, "principle": "tone", "p_a": 1}, other, {**LABEL, "p_a": 0.5})
+    assert list(formats.read_rated(path)) == [
+        rated("q", response("x", detail=0.25, tone=1), response("y", detail=0.75, tone=0)),
+        rated("q", response("x", detail=0.25), response("z", detail=0.75)),
+        rated("q", response("x", detail=0.5), response("y", detail=0.5))]
+    twice = write(tmp_path / "t.jsonl", LABEL, LABEL, {**LABEL, "p_a": 0.5})
+    with pytest.raises(UserError, match="t.jsonl:3: scores the pair of the row before anew"):
+        list(formats.read_rated(twice))
+
+
+def test_scored_pairs_are_compared_by_the_models_scores(tmp_path):
+    scored = {**LABEL, "scores": {"detail": [1.5, -2], "tone": [3, None]}}
+    path = write(tmp_path / "s.jsonl", scored, {**scored, "principle": "tone"})
+    assert list(formats.read_rated(path)) == [rated("q", response("x", detail=1.5, tone=3), response("y", detail=-2))]
+    assert list(formats.read_preferences(path)) == [formats.preference("q", "x", "y", "detail", 1.0)]
+
+
+def test_what_align_writes_is_an_answer_to_align(tmp_path):
+    row = {"prompt": "p", "original": "o", "aligned": "a", "objectives": ["x: be x", "y: be y"], "golden": "g"}
+    expected = rated("p", response("a"), objectives=row["objectives"], golden="g")
+    assert list(formats.read_rated(write(tmp_path / "a.jsonl", row))) == [expected]
+    cells = ["p", "o", "a", " | ".join(row["objectives"])]
+    path = write_csv(tmp_path / "a.csv", [[*row], [*cells, "g"], [*cells, ""]], True)
+    expected = [expected, {key: value for key, value in expected.items() if key != "golden"}]
+    assert list(formats.read_rated(path)) == expected
+
+
+@pytest.mark.parametrize("key, value", [
+    ("response", "x"), ("Response 2", "x"), ("model_output", "x"), ("best_answer", ["x"]), ("generated_text", "x"),
+    ("completions", [{"text": "x"}]), ("modelReply", "x"), ("chosen", "x"), ("aligned", "x"), ("answer", 4),
+    ("response_text", "x")])
+def test_no_answer_hides_in_a_file_of_prompts(tmp_path, key, value):
+    path = write(tmp_path / "p.jsonl", {"prompt": "p", key: None}, {"prompt": "p", key: value})
+    with pytest.raises(UserError, match=f"p.jsonl:2: '{key}' looks like an answer.*KTO"):
+        list(formats.read_rated(path, "helpful"))
+    path = write(tmp_path / "q.jsonl", {"query": "p"}, {"query": "p", key: value})
+    with pytest.raises(UserError, match=f"q.jsonl:2: '{key}'"):
+        list(formats.read_rated(path))
+
+
+@pytest.mark.parametrize("more", [
+    {"prompt_id": "x"}, {"response_format": "json"}, {"num_responses": 4}, {"max_output_tokens": 9},
+    {"completion_id": "x"}, {"answerable": True}, {"generated_at": "x"}, {"output": ""}, {"reply_to": "x"},
+    {"generation_model": "x"}])
+def test_other_keys_of_prompts_are_no_answers(tmp_path, more):
+    path = write(tmp_path / "p.jsonl", {"prompt": "p", **more, "goldens": "g"})
+    assert list(formats.read_rated(path)) == [rated("p", golden="g")]
+
+
+def ultrafeedback(rating):
+    return {"instruction": "i", "completions": [{"response": "r", "annotations": {"fair": {"Rating": rating}}}]}
+
+
+BAD_ROWS = {  # a row, and what is said of it
+    "golden an object": (rated("p", golden={}), "'golden' should be a text"),
+    "golden a number": ({"prompt": "p", "golden": 0}, "'golden' should be a text"),
+    "goldens a list": ({"query": "p", "generated_text": "t", "goldens": ["g"]}, "'golden' should be a text"),
+    "objectives an object": (rated("p", objectives={}), '"objectives" should be a list'),
+    "objectives numbers": ({"prompt": "p", "objectives": [1]}, '"objectives" should be a list'),
+    "label a number": ({"prompt": "p", "completion": "c", "label": 1}, "'label' should be true or false"),
+    "label a text": ({"prompt": "p", "completion": "c", "label": "true"}, "'label' should be true or false"),
+    "no label": ({"prompt": "p", "completion": "c", "label": None}, "'label' should be true or false"),
+    "label of Auto-J true": ({"prompt": "p", "response 1": "x", "response 2": "y", "label": True}, "'label' is True"),
+    "id 2": ({**SAFE, "better_response_id": 2}, "more helpful response is 2, not 0 or 1"),
+    "id true": ({**SAFE, "safer_response_id": True}, "more harmless response is True"),
+    "no id": ({**SAFE, "safer_response_id": None}, "more harmless response is None"),
+    "rating a text": ({"prompt": "p", "response": "r", "helpfulness": "4"}, "the score 'helpful' is '4'"),
+    "rating true": (ultrafeedback(True), "the score 'fair' is True"),
+    "rating a list": (ultrafeedback(["4"]), "the score 'fair' is a list"),
+    "rating of 401 digits": (ultrafeedback(10**400), "the score 'fair' is 1000"),
+    "rating of 400 digits in quotes": (ultrafeedback("1" * 400), "the score 'fair' is inf"),
+    "rating of many letters": (ultrafeedback("B" * 3000), "the rating 'BBB"),
+    "score true": (rated("p", response("r", fair=True)), "the score 'fair' is True"),
+    "score a list": (rated("p", response("r", fair=[[1] * 900])), "the score 'fair' is a list"),
+    "score with a long name": (rated("p", response("r", **{"a" * 3000: "x"})), "the score 'aaaa"),
+    "p_a missing": ({key: value for key, value in LABEL.items() if key != "p_a"}, "'p_a' is None"),
+    "p_a long": ({**LABEL, "p_a": "x" * 3000}, "'p_a' is 'xxx"),
+    "principle a list": ({**LABEL, "principle": ["tone"]}, "'principle' should be a text"),
+    "one score of a pair": ({**LABEL, "scores": {"tone": 3}}, "the scores 'tone' are 3"),
+    "a score of a pair a text": ({**LABEL, "scores": {"tone": [3, "4"]}}, "the score 'tone' is '4'"),
+    "no input": ({"instruction": "i", "input": 3, "output": "o"}, "'input' should be a text"),
+    "a key of two lines": ({"a\nb": 1}, "no known format has a b;"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_one_short_line(tmp_path, case):
+    row, said = BAD_ROWS[case]
+    path = write(tmp_path / "r.jsonl", row)
+    with pytest.raises(UserError) as refused:
+        list(formats.read_rated(path, "helpful"))
+    message = str(refused.value)
+    assert f"r.jsonl:1: {said}" in message or f"r.jsonl:1: the id of the {said}" in message, message
+    assert len(message.splitlines()) == 1 and len(message) < 500
+
+
+def test_any_odd_value_anywhere_is_read_or_refused_in_a_line(tmp_path, capsys):
+    """Every place of a row of every format, replaced by every one of many odd values, through every reader."""
+    odd = [None, True, 0, -1, 1e301, 10**400, float("nan"), "", "\0", "\ud800", "x" * 3000, [], {}, [{}], ["x"], [0, 1],
+           {"text": "x"}, [{"role": ["user"], "content": "x"}], json.loads("[" * 300 + "]" * 300)]
+    rows = [rated("p", response("r", fair=1), golden="g", objectives=["fair"]), SAFE, LABEL,
+            {**LABEL, "scores": {"tone": [1, 2]}}, {"prompt": "p", "completion": "c", "label": True},
+            {"prompt": "p", "completion": "c", "relation": "equal", "context": [0, 1], "answer": [0, 1]},
+            {"prompt": "p", "response": "r", "helpfulness": 4}, {"prompt": "p", "chosen": "a", "rejected": "b"},
+            ultrafeedback("4"), {"instruction": "i", "input": "", "output": "o"},
+            {"query": "q", "generated_text": "t", "goldens": "g"},
+            {"prompt": "p", "response 1": "x", "response 2": "y", "label": 1}, {"prompt": "p"}, {"text": "t"},
+            {"prompt": "p", "original": "o", "aligned": "a", "objectives": ["x: y"], "golden": "g"},
+            {"prompt": "p", "reference": "r", "responses": {"m": {"text": "t", "gpt4_preference_over_reference": 0.5}}}]
+    readers = [lambda path: list(formats.read_rated(path, "fair")), lambda path: list(formats.read_completions(path)),
+               lambda path: list(formats.read_pairs(path)), lambda path: list(formats.read_texts(path)),
+               lambda path: list(map(data.row_objectives, formats.read_aligned(path))),
+               lambda path: list(formats.read_preferences(path)), lambda path: data.run_show(path)]
+    draw, refusals, path = random.Random(0), 0, tmp_path / "r.jsonl"
+
+    def places(value):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in pairs:
+            yield value, key
+            yield from places(inner)
+    for row in rows:
+        text = json.dumps(row)
+        for place, _ in enumerate(places(row)):
+            for value in draw.sample(odd, 4):
+                changed = json.loads(text)
+                holder, key = list(places(changed))[place]
+                holder[key] = value
+                write(path, row, changed)
+                for read in readers:
+                    try:
+                        read(path)
+                    except UserError as error:
+                        refusals += 1
+                        assert len(str(error)) < 500 and len(str(error).splitlines()) == 1, error
+    assert refusals > 500
+
+
 def test_files_without_scores(tmp_path):
     outputs = tmp_path / "model_outputs.json"
     output = {"instruction": "q", "output": "a", "generator": "m", "dataset": "d"}
@@ -102,25 +300,6 @@ def test_files_without_scores(tmp_path):
     assert list(formats.read_rated(outputs)) == [{"prompt": "q", "responses": [response("a")]}] * 2
     prompts = write(tmp_path / "prompts.jsonl", {"prompt": "q"})
     assert list(formats.read_rated(prompts)) == [{"prompt": "q", "responses": []}]
-
-
-def write_csv(path, rows, escape):
-    """As pandas' to_csv does with escapechar="\\" (both quotes and backslashes are doubled) or without."""
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([[cell.replace("\\", "\\\\") for cell in row] if escape else row for row in rows])
-    path.write_text(file.getvalue(), encoding="utf-8", newline="")
-    return path
-
-
-@pytest.mark.parametrize("escape", [True, False])
-@pytest.mark.parametrize("last", [
-    "plain", "ends in two \\\\", 'x \\\\"quoted\\\\"', "é\r\nline\rend", "a" * 200_000])
-def test_csv_cells_come_back_whoever_wrote_them(tmp_path, escape, last):
-    cells = [["a\\_b", 'say "hi", \\(x\\)', last], [last, "multi\n\nline\\\\", "\\n"], ["", "", ""]]
-    path = write_csv(tmp_path / "o.csv", [["query", "goldens", "generated_text"], *cells], escape)
-    assert list(formats.read_rated(path)) == [
-        {"prompt": query, "golden": golden, "responses": [response(text)]} for query, golden, text in cells]
 
 
 def test_csv_without_queries_is_joined_to_them_row_by_row(tmp_path):
@@ -137,13 +316,6 @@ def test_csv_without_queries_is_joined_to_them_row_by_row(tmp_path):
         next(formats.read_rated(answers, queries=given))
     with pytest.raises(UserError, match="--queries"):
         next(formats.read_rated(write_csv(tmp_path / "sub.txt", [["generated_text"], ["t"]], True)))
-
-
-def test_gzip_byte_order_marks_blank_lines_and_half_characters_are_read(tmp_path):
-    text = '\ufeff\n{"prompt": "é\\ud83d"}\n\n{"prompt": "\\ud83d\\ude00"}\r\n'
-    (tmp_path / "named-as-you-like").write_bytes(gzip.compress(text.encode()))
-    rows = list(formats.read_rated(tmp_path / "named-as-you-like"))
-    assert [row["prompt"] for row in rows] == ["é\ufffd", "\U0001f600"]
 
 
 def test_pairs_texts_and_completions(tmp_path):
@@ -166,6 +338,9 @@ def test_pairs_texts_and_completions(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
+    ({"prompt": "p", "completion": "c", "relation": "beter"}, "'relation' is 'beter', not 'better' or 'equal'"),
+    ({"prompt": "p", "completion": "c", "relation": ["equal"]}, "'relation' is a list"),
+    ({"prompt": "p", "completion": "c", "label": "false"}, "'label' should be true or false"),
     ({"chosen": "a", "rejected": "b"}, "reformulate"), ({"prompt": "p", "completion": 1}, "'completion'"),
     ({"prompt": "p", "completion": "c", "context": [0, 2]}, "'context'"),
     ({"prompt": "p", "completion": "c", "answer": [0.0, 1]}, "'answer'")])
@@ -191,9 +366,10 @@ def test_what_align_writes_is_read_from_json_lines_and_csv(tmp_path):
 @pytest.mark.parametrize("change, said", [
     ({"original": None}, "no original; .*align.py first"), ({"objectives": []}, "objectives"),
     ({"objectives": ""}, "objectives"), ({"objectives": {"x": "y"}}, "objectives"),
-    ({"aligned": 3}, "a text should be"), ({"golden": 3}, "a text should be"), ({"golden": 0}, "a text should be"),
-    ({"golden": False}, "a text should be"), ({"golden": []}, "a text should be"),
-    ({"golden": 0, "objectives": "x: be x"}, "a text should be"), ({"objectives": ["x", 3]}, "a text should be")])
+    ({"aligned": 3}, "'aligned' should be a text"), ({"golden": 3}, "'golden' should be a text"),
+    ({"golden": 0}, "'golden' should be a text"), ({"golden": False}, "'golden' should be a text"),
+    ({"golden": []}, "'golden' should be a text"), ({"objectives": ["x", 3]}, "objectives"),
+    ({"golden": 0, "objectives": "x: be x"}, "'golden' should be a text")])
 def test_read_aligned_refuses(tmp_path, change, said):
     row = {"prompt": "p", "original": "o", "aligned": "a", "objectives": ["x: be x"]}
     path = write(tmp_path / "a.jsonl", row, {**row, **change})
@@ -225,6 +401,36 @@ def test_chosen_and_rejected_are_a_preference(tmp_path):
     path = tmp_path / "pairs.jsonl"
     common.write_jsonl(path, [{"prompt": "q", "chosen": "good", "rejected": "bad"}])
     assert list(formats.read_preferences(path)) == [formats.preference("q", "good", "bad", "overall", 1.0)]
+
+
+def test_what_the_data_functions_leave_out_is_told_by_file_and_reason(tmp_path, capsys):
+    pair, options = {"prompt": "p", "completion": "c"}, train.Options(principle="fair")
+    one = write(tmp_path / "1.jsonl", pair, {**pair, "relation": "equal"}, pair, {**pair, "relation": "better"})
+    kto = write(tmp_path / "2.jsonl", {**pair, "label": False}, {**pair, "label": True, "relation": "better"})
+    best = write(tmp_path / "3.jsonl", rated("q", response("x", fair=1), response("y", fair=0)),
+                 rated("q", response("x")))
+    hh = write(tmp_path / "4.jsonl", {"chosen": DIALOGUE + " a", "rejected": DIALOGUE.replace("why", "how") + " b"},
+               {"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"})
+    unsaid = "no 'relation' says whether the completion is better than the answer or equal"
+    for rows, paths, count, *told in (
+            (train.equal_rows, [one], 1, f"1.jsonl: left out: 2 rows, {unsaid}"),
+            (train.better_rows, [one, kto], 2, f"1.jsonl: left out: 2 rows, {unsaid}",
+             "2.jsonl: left out: 1 rows, their label is false"),
+            (train.sft_rows, [one, kto], 5, "2.jsonl: left out: 1 rows, their label is false"),
+            (train.sft_rows, [best], 1, "3.jsonl: left out: 1 rows, no response has a score"),
+            (train.preference_rows, [best, hh], 2,
+             "3.jsonl: left out: 1 rows, no two responses are scored on the same principle",
+             "4.jsonl: left out: 1 rows, the two dialogues differ before the last answer")):
+        read = rows(paths, options)
+        wanted = [row for row in read if rows is train.sft_rows or row.get("relation", "") in rows.__name__]
+        assert len(read) == len(wanted) == count
+        assert [line.replace(f"{tmp_path}/", "") for line in capsys.readouterr().out.splitlines()] == told
+
+
+def test_an_unknown_principle_is_named_with_those_there_are(tmp_path):
+    path = write(tmp_path / "l.jsonl", LABEL, {**LABEL, "principle": "tone"})
+    with pytest.raises(UserError, match="l.jsonl: compares no responses on 'nosuch', but on detail, tone; choose"):
+        train.preference_rows([path], train.Options(principle="nosuch"))
 
 
 def test_preferences_on_several_scores_come_in_the_order_of_the_file(tmp_path):
@@ -286,27 +492,6 @@ def test_real_hh_rlhf(shared):
     assert {row["relation"] for row in examples} == {"better"}
 
 
-@pytest.mark.parametrize("name, rows, digest", [  # of the cells as pandas 2 reads them, escapechar as noted
-    ("hh-rlhf/Claude-3.csv", 1200, "7b3d95f71053cabd"),
-    ("hh-rlhf/gpt-3.5-turbo.csv", 1200, "70d1515f79261da2"),
-    ("ultrafeedback/Vicuna-7B.csv", 1200, "4ae56af2b7e28009"),
-    ("ultrafeedback/gpt-3.5-turbo.csv", 1200, "33727f158937cfdc"),  # None
-    ("imhi/queries.DR.csv", 405, "bc0dcfa2cfefe1c5"),  # None
-    ("imhi/Mentallama-7B.DR.csv", 405, "d07621142bc5e83e"),
-    ("imhi/vicuna_7B.DR.csv", 405, "de24a050619a471d")])
-def test_real_csv_cells_are_those_that_pandas_reads(shared, name, rows, digest):
-    records = [record for _, record in formats.records(shared / "data/outputs" / name)]
-    cells = "\x1f".join(record[column] for column in records[0] for record in records)
-    assert len(records) == rows and hashlib.sha256(cells.encode()).hexdigest()[:16] == digest
-
-
-def test_real_outputs_written_with_and_without_escapes_have_the_same_queries(shared):
-    escaped, plain = (list(formats.read_rated(shared / "data/outputs/ultrafeedback" / name))
-                      for name in ("Vicuna-7B.csv", "gpt-3.5-turbo.csv"))
-    assert ([(row["prompt"], row["golden"]) for row in escaped]
-            == [(row["prompt"], row["golden"]) for row in plain])
-
-
 def test_real_imhi_outputs_find_their_queries(shared):
     rows = list(formats.read_rated(shared / "data/outputs/imhi/vicuna_7B.DR.csv"))
     assert len(rows) == 405 and all(row["prompt"].startswith("Consider this post") for row in rows)
@@ -321,72 +506,3 @@ def test_real_preferences(shared):
     assert all(0 <= row["p_a"] <= 1 for row in rows)
     rows = list(formats.read_preferences(shared / "data/auto-j/human-pairwise.jsonl.gz"))
     assert len(rows) == 1392 and {row["p_a"] for row in rows} == {0.0, 0.5, 1.0}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Broken files
-
-
-RATED = {"prompt": "why?", "responses": [response("yes", helpful=2, honest=1),
-                                         response("no", helpful=1, honest=0)]}
-
-
-def two_lines(second):
-    return json.dumps(RATED).encode() + b"\n" + second + b"\n"
-
-
-GOOD = json.dumps(RATED).encode() + b"\n"
-BAD_FILES = {  # content of the file, what the message must say
-    "empty": (b"", "empty"),
-    "blank": (b"\n \n", "empty"),
-    "empty list": (b"[]", "empty"),
-    "truncated gzip": (gzip.compress(GOOD * 3000)[:-200], "gzip"),
-    "damaged gzip": (gzip.compress(GOOD)[:10] + b"\xff" * 40, "gzip data is damaged"),
-    "gzip with another checksum": (gzip.compress(GOOD)[:-8] + bytes(8), "gzip data is damaged"),
-    "invalid JSON": (two_lines(b'{"prompt": "x", '), ":2: invalid JSON"),
-    "deep JSON": (two_lines(b'{"a":' + b"[" * 200_000), ":2: "),
-    "long number": (two_lines(b'{"a":' + b"1" * 9000 + b"}"), ":2: "),
-    "no object": (two_lines(b"[1]"), ":2: expected an object"),
-    "list of texts": (b'["a"]', "item 1"),
-    "broken list": (b'[{"prompt": "a"},\n{]', ":2: invalid JSON"),
-    "wrong columns": (b"id,question\n1,why\n", "id, question.*UltraFeedback"),
-    "wrong keys": (b'{"question": 1}', "question.*MetaAligner"),
-    "header only": (b"query,generated_text\n", "empty"),
-    "not UTF-8": (two_lines(b'{"prompt": "\xff"}'), ":2: byte 13 .*UTF-8"),
-    "not UTF-8 CSV": (b"query,generated_text\na,b\nc,\xe9\n", ":3: byte 3 .*UTF-8"),
-    "short CSV row": (b'query,goldens,generated_text\na,"b\nb",c\n\n"x\ny",b\n', ":5: 2 cells"),
-    "open quote": (b'query,goldens,generated_text\na,b,c\nd,e,"f\n', ":3: invalid CSV"),
-    "missing key": (two_lines(b'{"prompt": "x"}'), ":2: 'responses'"),
-    "no text": (two_lines(b'{"prompt": "x", "responses": [{"scores": {}}]}'), ":2: 'text'"),
-    "no responses": (two_lines(b'{"prompt": "x", "responses": ["a"]}'), ":2: 'responses'"),
-    "score a text": (two_lines(b'{"prompt": "x", "responses": [{"text": "a", "scores": {"helpful": "5"}}]}'),
-                     ":2: the score 'helpful'"),
-    "score infinite": (two_lines(b'{"prompt": "x", "responses": [{"text": "a", "scores": {"fair": 1e999}}]}'),
-                       ":2: the score 'fair'"),
-    "scores a list": (two_lines(b'{"prompt": "x", "responses": [{"text": "a", "scores": [5]}]}'),
-                      ":2: 'scores'"),
-    "unknown objective": (two_lines(b'{"prompt": "x", "responses": [{"text": "a", "scores": {"fairr": 5}}]}'),
-                          ":2: .*'fairr'.*: fair;"),
-    "bad rating": (b'{"instruction": "x", "completions": [{"response": "a", '
-                   b'"annotations": {"honesty": {"Rating": "B"}}}]}', ":1: the rating 'B'"),
-    "bad completion": (b'{"instruction": "x", "completions": [1]}', ":1: 'completions'"),
-    "pairs on nothing": (b'{"prompt": "x", "chosen": "a", "rejected": "b"}', "--objective"),
-    "examples": (b'{"prompt": "x", "completion": "a"}', "already"),
-    "nothing scored": (b'{"instruction": "x", "output": "a"}', "no example"),
-    "no queries": (b"goldens,generated_text\na,b\n", "--queries"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_one_line_status_2_and_leave_the_output_alone(tmp_path, case, capsys, monkeypatch):
-    content, message = BAD_FILES[case]
-    path, out = tmp_path / "bad.data", tmp_path / "out.jsonl"
-    path.write_bytes(content)
-    out.write_text("as it was")
-    monkeypatch.setattr(sys, "argv", ["data.py", "reformulate", str(path), "--out", str(out)])
-    with pytest.raises(SystemExit) as stopped:
-        common.cli(data.main)
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.out == ""
-    assert_one_line(printed.err, message)
-    assert out.read_text() == "as it was" and len(list(tmp_path.iterdir())) == 2

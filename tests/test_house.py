@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
 BOOK = ["model", "generate", "data", "losses", "train", "align", "eval"]
-FLOORS = ["common losses", "endpoint formats lora model resume", "checkpoint data generate", "report toy train",
-          "align eval", "feedback reward story", "bench ppo", "morlaif"]
+FLOORS = ["common losses", "endpoint files lora model resume", "checkpoint formats generate", "data",
+          "report toy train", "align eval", "feedback reward story", "bench ppo", "morlaif trials", "campaign"]
 
 
 def imported(text):
