@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from common import UserError, digest, file_digest, first_line, write_text, write_whole
+from files import kind, read_json, shorten, shown
 from lora import Adapter, LoraLinear, merge_lora, projections, put_side_by_side
 from model import Config, Llama, rope_type
 
@@ -43,66 +44,97 @@ def save(llama, folder):
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration
 
-
-def read_config(path):
-    """Read a config.json; UserError names every key whose value asks for mathematics that is not here."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it holds no object")
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; --model takes a folder with config.json, weights, "
-                        "tokenizer.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object ({first_line(error)}); copy it again") from error
-    refuse_other_mathematics(raw, path)
-    known = {field.name for field in dataclasses.fields(Config)}
-    values = {"rms_norm_eps": 1e-6} | {key: value for key, value in raw.items() if key in known}
-    rope = raw.get("rope_parameters") or {}  # transformers 5 writes theta and scaling into one dictionary
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
-    scaling = raw.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    values["rope_scaling"] = scaling if scaling and rope_type(scaling) != "default" else None
-    if "LlamaForSequenceClassification" in (raw.get("architectures") or ()):
-        values.setdefault("num_labels", len(raw.get("id2label") or (0, 1)))
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    given = tuple(key for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None)
-    wrong = [key for key in needed + given if not isinstance(values.get(key), int) or values[key] < 1]
-    wrong += [key for key in ("rope_theta", "rms_norm_eps") if not isinstance(values.get(key, 1.0), (int, float))]
-    if wrong:
-        raise UserError(f"{path}: {', '.join(wrong)} missing or not such a number; is it a Llama's config?")
-    return Config(**values)
-
-
-# Keys that change the network's mathematics, each with the values that leave it as written here.
+# What the keys of a config.json must be where they are not null: a type and, for numbers, the lowest and the highest.
+# Where the mathematics sets no end, it lies far beyond any Llama's, to refuse an absurd size before memory runs out.
+CONFIG = {
+    "vocab_size": (int, 1, 2**24), "hidden_size": (int, 1, 2**20), "intermediate_size": (int, 1, 2**22),
+    "num_hidden_layers": (int, 1, 512), "num_attention_heads": (int, 1, 2**12), "num_key_value_heads": (int, 1, 2**12),
+    "head_dim": (int, 2, 2**12), "max_position_embeddings": (int, 1, 2**31), "rms_norm_eps": (float, 1e-30, 0.1),
+    "rope_theta": (float, 1, 1e12), "rope_scaling": (dict,), "rope_parameters": (dict,), "attention_bias": (bool,),
+    "mlp_bias": (bool,), "tie_word_embeddings": (bool,), "architectures": (list,), "id2label": (dict,),
+    "num_labels": (int, 0, 2**12),
+}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+TURNS = (float, 1e-3, 1e6)
+ROPE = {  # rope_type -> the same for the numbers that it needs
+    "default": {}, "linear": {"factor": (float, 0.01, 1e6)},
+    "llama3": {"factor": (float, 0.01, 1e6), "low_freq_factor": TURNS, "high_freq_factor": TURNS,
+               "original_max_position_embeddings": (float, 1, 2**31)},
+}
+# Keys that change the network's mathematics, each with the values that leave it as written in model.py.
 NEUTRAL = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_dropout": (0,), "sliding_window": (),
     "partial_rotary_factor": (1,), "rope_interleaved": (False,), "quantization_config": (),
     "num_local_experts": (0, 1), "attn_logit_softcapping": (), "final_logit_softcapping": (), "use_qk_norm": (False,),
     "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "no_rope_layers": ([],),
 }
-ROPE_KEYS = {  # scaling type -> the numbers that it needs
-    "default": (), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
-def refuse_other_mathematics(raw, path):
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise UserError(f"{path}: rope_scaling must be null or an object such as "
-                        '{"rope_type": "linear", "factor": 2.0}')
-    wrong = [f"{key} = {value!r}" for source in (raw, rope) for key, value in source.items()
-             if key in NEUTRAL and value is not None and value not in NEUTRAL[key]]
-    kind = rope_type(scaling)
-    if kind not in ROPE_KEYS:
-        wrong.append(f"rope_scaling type {kind!r} (known: {', '.join(ROPE_KEYS)})")
-    else:
-        wrong += [f"rope_scaling without a number {key!r}" for key in ROPE_KEYS[kind]
-                  if not isinstance(scaling.get(key), (int, float))]
+def read_object(path):
+    """The object in a JSON file; UserError where there is none."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {kind(value)}, not an object; copy it again")
+    return value
+
+
+def check(values, rules, needed, where):
+    """UserError, naming each of values {key: value} that is not as rules {key: (type, lowest, highest)} say. null is as
+    if absent. needed: the keys that must be there. where: the file, and the place in it."""
+    wrong = [f"{key} is missing" for key in needed if values.get(key) is None]
+    for key, (wanted, *ends) in rules.items():
+        value = values.get(key)
+        if wanted in (int, float):  # true is an int to Python; NaN is in no range
+            fits = type(value) in (int, wanted) and ends[0] <= value <= ends[1]
+            words = f"a {'whole ' if wanted is int else ''}number from {ends[0]} to {ends[1]}"
+        else:
+            fits, words = isinstance(value, wanted), kind(wanted())
+        if value is not None and not fits:
+            wrong.append(f"{key} is {shown(value)}, not {words}")
     if wrong:
-        raise UserError(f"{path}: asks for what model.py does not compute: {'; '.join(wrong)}; use a plain Llama")
+        raise UserError(f"{where}: {'; '.join(wrong)}; mend it, or copy it again")
+
+
+def refuse_other_mathematics(values, neutral, where, plain):
+    """UserError, naming each of values {key: value} that is not among those that change nothing."""
+    wrong = [f"{key} = {shown(value)}" for key, value in values.items()
+             if key in neutral and value is not None and value not in neutral[key]]
+    if wrong:
+        raise UserError(f"{where}: asks for what model.py does not compute: {'; '.join(wrong)}; use {plain}")
+
+
+def read_config(path):
+    """The Config in a config.json; UserError names every key that is missing, wrong or asks for other mathematics."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: not found; --model takes a folder with config.json, weights, tokenizer.json")
+    none = ("bos_token_id", "eos_token_id")  # where null says that there is none; elsewhere it is as if absent
+    raw = {key: value for key, value in read_object(path).items() if value is not None or key in none}
+    refuse_other_mathematics(raw, NEUTRAL, path, "a plain Llama")
+    rope = raw.get("rope_parameters")  # of transformers 5, theta and scaling in one object
+    if isinstance(rope, dict) and rope.get("rope_theta") is not None:
+        raw["rope_theta"] = rope["rope_theta"]
+    check(raw, CONFIG, NEEDED, path)
+    scaling = {key: value for key, value in (raw.get("rope_scaling") or rope or {}).items() if value is not None}
+    types = {"rope_type": list(ROPE), "type": list(ROPE)}
+    for place in (rope or {}, scaling):
+        refuse_other_mathematics(place, NEUTRAL | types, path, "a plain Llama")
+    if "factor" in scaling and not {"rope_type", "type"} & scaling.keys():
+        raise UserError(f'{path}: rope_scaling has a factor but no type; add "rope_type": "linear" or "llama3"')
+    scaled, numbers = rope_type(scaling), ROPE[rope_type(scaling)]
+    check(scaling, numbers, numbers, f"{path}: rope_scaling")
+    values = {"rms_norm_eps": 1e-6} | {key: raw[key] for key in vars(Config()) if key in raw}
+    values["rope_scaling"] = {"rope_type": scaled} | {key: scaling[key] for key in numbers} if numbers else None
+    if "LlamaForSequenceClassification" in raw.get("architectures", ()):
+        values["num_labels"] = raw.get("num_labels") or len(raw.get("id2label") or (0, 1))
+    try:
+        config = Config(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    ids = (int, 0, config.vocab_size - 1)
+    for token in config.stop_ids:
+        check({"eos_token_id": token}, {"eos_token_id": ids}, ["eos_token_id"], path)
+    check({"bos_token_id": config.bos_token_id}, {"bos_token_id": ids}, (), path)
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -115,28 +147,41 @@ def checkpoint_files(folder):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face Llama folder or one that train.py wrote")
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{name}.index.json").exists():
-            index = folder / f"{name}.index.json"
-            try:
-                files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{index}: no 'weight_map' can be read from it; copy the checkpoint again") from error
-            absent = [f.name for f in files if not f.exists()]
-            if absent:
-                raise UserError(f"{folder}: shards missing: {', '.join(absent)} (named in {index.name})")
-            return files
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards, present = read_object(index).get("weight_map"), [path.name for path in folder.iterdir()]
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index}: no 'weight_map' can be read from it; copy the checkpoint again")
+            absent = {file if isinstance(file, str) else shown(file) for file in shards.values() if file not in present}
+            if absent:  # a path that leads out of the folder, too
+                raise UserError(f"{folder}: shards missing: {shorten(sorted(absent))} (named in {index.name})")
+            return [folder / file for file in sorted(set(shards.values()))]
         if (folder / name).exists():
             return [folder / name]
     raise UserError(f"{folder}: no checkpoint here (neither model.safetensors nor pytorch_model*.bin)")
 
 
 def map_weights(path):
-    """(shapes {name: shape}, read(name) -> tensor) of one file, mapped from disk."""
+    """(shapes {name: shape}, read(name) -> tensor) of one file, mapped from disk. ValueError where it holds anything
+    else than tensors of floats: quantised weights are not the numbers that they stand for."""
     if path.suffix == ".safetensors":
         file = safe_open(path, "pt")
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+        parts, read = {name: file.get_slice(name) for name in file.keys()}, file.get_tensor
+        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()
+                  if part.get_dtype() in ("F64", "F32", "F16", "BF16")}
+    else:
+        parts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        shapes, read = {name: tuple(part.shape) for name, part in parts.items() if is_plain(part)}, parts.__getitem__
+    odd = [name for name in parts if name not in shapes or not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"{shown(odd[0])} in it is no tensor of 16, 32 or 64-bit floats")
+    return shapes, read
+
+
+def is_plain(part):
+    """Whether it is a tensor of floats, all of which are in memory or in a file that is mapped to it."""
+    return (isinstance(part, torch.Tensor) and part.layout == torch.strided and part.device.type == "cpu"
+            and part.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def open_weights(path):
@@ -145,8 +190,7 @@ def open_weights(path):
     try:
         shapes, get = map_weights(path)
     except Exception as error:  # safetensors, pickle, zip and OS errors, all meaning the same to the user
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy or convert it "
-                        "again") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy or convert it") from error
     fresh = path.stat().st_size // 25
 
     def read(name):
@@ -178,7 +222,7 @@ def load_weights(folder, dtype, device, scorer):
         found.update({name: (shape, read) for name, shape in shapes.items()})
     ignorable = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings or fresh else ())
     if fresh:
-        found["score.weight"] = wanted["score.weight"], lambda _: torch.zeros(wanted["score.weight"])
+        found.setdefault("score.weight", (wanted["score.weight"], lambda _: torch.zeros(wanted["score.weight"])))
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted and not name.endswith(ignorable)]
     problems += [f"{name} is {found[name][0]}, config.json says {shape}" for name, shape in wanted.items()
@@ -186,6 +230,11 @@ def load_weights(folder, dtype, device, scorer):
     if problems:
         raise UserError(f"{folder}: weights do not fit config.json: {'; '.join(problems[:20])}"
                         + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""))
+    if config.tie_word_embeddings and not config.num_labels and "lm_head.weight" in found:
+        head, words = (found[name][1](name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if head.dtype != words.dtype or not torch.equal(head, words):
+            raise UserError(f"{folder}: config.json has tie_word_embeddings, but lm_head.weight is not the embedding; "
+                            "set it to false, or remove the tensor")
     # Largest first: while one is copied, it is held twice, and then little else has been loaded yet.
     for name in sorted(wanted, key=lambda name: -math.prod(wanted[name])):
         module, _, leaf = name.rpartition(".")
@@ -230,13 +279,18 @@ def load_tokenizer(folder, llama=None):
         raise UserError(f"{path}: not found; copy the model's tokenizer.json there")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+        tokenizer.no_padding()
+        tokenizer.encode("1 \u00b0 \u6f22\U0001f642\n", add_special_tokens=False)  # fails without an unknown token
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, or panics, which is no Exception
         raise UserError(f"{path}: cannot be read as a tokenizer ({first_line(error)}); copy it again") from error
-    if llama is not None:
-        highest = max(tokenizer.get_vocab().values())
-        if highest >= llama.config.vocab_size:
-            raise UserError(f"{path}: has token id {highest}, but the embedding of {folder} ends at "
-                            f"{llama.config.vocab_size - 1}; use the tokenizer that belongs to the weights")
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < 0:
+        raise UserError(f"{path}: has no tokens; copy the model's tokenizer.json there")
+    if llama is not None and highest >= llama.config.vocab_size:
+        raise UserError(f"{path}: has token id {highest}, but the embedding of {folder} ends at "
+                        f"{llama.config.vocab_size - 1}; use the tokenizer that belongs to the weights")
     return tokenizer
 
 
@@ -251,7 +305,7 @@ def fingerprint(folder):
     whole, adapter = (base_of(folder), (*ADAPTER, CONTEXT)) if is_adapter(folder) else (folder, ())
     files = [whole / "config.json", *checkpoint_files(whole), *(folder / name for name in adapter),
              *(place / name for place in (whole, folder) for name in ("tokenizer.json", "principle.json"))]
-    return digest([(path.name, file_digest(path) if path.exists() else None) for path in files])
+    return digest([(path.name, file_digest(path) if path.is_file() else None) for path in files])
 
 
 def weights_digest(llama):
@@ -277,36 +331,42 @@ def is_adapter(folder):
     return (Path(folder) / "adapter_config.json").exists()
 
 
+ADAPTER_CONFIG = {"r": (int, 1, 2**16), "lora_alpha": (float, 0, 1e6), "use_rslora": (bool,),
+                  "base_model_name_or_path": (str,)}
+PLAIN_LORA = {  # as NEUTRAL, of adapter_config.json
+    "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", "SEQ_CLS"), "use_dora": (False,), "bias": ("none",),
+    "fan_in_fan_out": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
+    "layer_replication": (), "alora_invocation_tokens": (), "use_qalora": (False,),
+}
+
+
 def adapter_config(folder):
+    """(what adapter_config.json holds, the scale of the adapter's products)."""
     path = Path(folder) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as LoRA's configuration ({first_line(error)}); copy it "
-                        "again") from error
-    neutral = {"peft_type": ("LORA",), "use_dora": (False,), "bias": ("none",), "fan_in_fan_out": (False,),
-               "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,)}
-    wrong = [f"{key} = {config[key]!r}" for key, values in neutral.items() if config.get(key) not in (None, *values)]
-    if wrong:
-        raise UserError(f"{path}: asks for what model.py does not compute: {'; '.join(wrong)}; use plain LoRA")
-    return config, alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+    config = read_object(path)
+    check(config, ADAPTER_CONFIG, ("r", "lora_alpha"), path)
+    refuse_other_mathematics(config, PLAIN_LORA, path, "plain LoRA")
+    return config, config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
 def base_of(folder):
     """The folder of the model that an adapter belongs to: as its configuration says, or beside the adapter."""
-    named = str(adapter_config(folder)[0].get("base_model_name_or_path") or "")
+    named = adapter_config(folder)[0].get("base_model_name_or_path") or ""
     places = [Path(named), Path(folder).parent / named, Path(folder).parent / Path(named).name]
-    found = next((place for place in places if named and (place / "config.json").exists()), None)
+    try:
+        found = next((place for place in places if named and (place / "config.json").exists()), None)
+    except OSError:  # a name longer than any file's
+        found = None
     if found is None:
-        raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path {named!r} is no folder here; put the "
-                        "base model there")
+        raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path {shown(named)} is no folder here; put "
+                        "the base model there")
     return found
 
 
 def read_adapter(folder):
     """The Adapter in a folder in PEFT's format."""
-    _, scale = adapter_config(folder)
+    config, scale = adapter_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     if not path.exists():
         raise UserError(f"{path}: not found; an adapter is that file and adapter_config.json")
@@ -320,20 +380,28 @@ def read_adapter(folder):
             head = read(key).float()
         else:
             other.append(key)
-    if other or not all(set(pair) == {"A", "B"} for pair in layers.values()):
-        raise UserError(f"{path}: holds more than LoRA of projections and a scalar head: {', '.join(other[:5])}")
+    if other or not shapes:
+        raise UserError(f"{path}: should hold LoRA of projections and a scalar head alone, but holds "
+                        f"{shorten(other) or 'nothing'}; copy it again")
+    odd = [name for name, pair in layers.items() if not pairs_up(config["r"], **pair)]
+    if odd:
+        raise UserError(f"{path}: has no A and B of rank {config['r']} (r in adapter_config.json) for {shorten(odd)}; "
+                        "copy it again")
     return Adapter(folder, {name: (pair["A"], pair["B"]) for name, pair in layers.items()}, scale, head)
+
+
+def pairs_up(rank, A=None, B=None):
+    """Whether there are A (rank, in) and B (out, rank)."""
+    return A is not None and B is not None and A.dim() == B.dim() == 2 and len(A) == B.size(1) == rank
 
 
 def load_adapters(llama, folders):
     """Put the adapters of folders side by side on one Llama; its context becomes the longest of theirs."""
     for path in (Path(folder) / CONTEXT for folder in folders):
         if path.exists():
-            try:
-                longest = int(json.loads(path.read_text())["max_position_embeddings"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: says no max_position_embeddings; delete it, or copy it again") from error
-            llama.config.max_position_embeddings = max(llama.config.max_position_embeddings, longest)
+            context, key = read_object(path), "max_position_embeddings"
+            check(context, {key: CONFIG[key]}, [key], path)
+            llama.config.max_position_embeddings = max(llama.config.max_position_embeddings, context[key])
     return put_side_by_side(llama, [read_adapter(folder) for folder in folders])
 
 

@@ -113,8 +113,12 @@ def put_side_by_side(llama, adapters):
             layer.lora_A.data[k, :len(a)] = a
             layer.lora_B.data[k, :, :len(a)] = adapter.scale * b
         replace(llama, name, layer)
+    for adapter in adapters:
+        head = (1, llama.config.hidden_size) if llama.config.num_labels else None
+        if adapter.head is not None and adapter.head.shape != head:
+            raise UserError(f"{adapter.folder}: its scalar head does not fit the base; is it for this model?")
     heads = [adapter.head for adapter in adapters if adapter.head is not None]
-    if heads and len(heads) == len(adapters) and llama.config.num_labels:
+    if heads and len(heads) == len(adapters):
         llama.score = nn.Linear(llama.config.hidden_size, len(heads), bias=False, device=llama.device)
         llama.score.weight = nn.Parameter(torch.cat(heads).to(llama.device))
     return llama

@@ -51,9 +51,15 @@ class Config:
                 raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                                 f"{self.num_attention_heads}: give head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd, but a rotary embedding turns pairs: give an even one")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                             f"num_key_value_heads {self.num_key_value_heads}")
+        scaling = self.rope_scaling or {}
+        if rope_type(scaling) == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+            raise UserError(f"rope_scaling: low_freq_factor {scaling['low_freq_factor']} is not below high_freq_factor "
+                            f"{scaling['high_freq_factor']}")
 
     @property
     def stop_ids(self):

@@ -247,26 +247,58 @@ def test_what_an_absent_key_means(tmp_path):
     config = checkpoint.read_config(tmp_path / "config.json")
     assert (config.rms_norm_eps, config.rope_theta, config.tie_word_embeddings) == (1e-6, 10000.0, False)
     assert (config.num_key_value_heads, config.head_dim, config.stop_ids) == (32, 128, (2,))
+    nulls = dict.fromkeys([*vars(config), *checkpoint.CONFIG, *checkpoint.NEUTRAL, "torch_dtype"])
+    others = {"pad_token_id": -1, "type": "x", "factor": 2.0}  # which mean nothing there
+    (tmp_path / "config.json").write_text(json.dumps(nulls | others | {key: LLAMA1[key] for key in needed}))
+    none = vars(config) | {"bos_token_id": None, "eos_token_id": None}
+    assert vars(checkpoint.read_config(tmp_path / "config.json")) == none and checkpoint.read_config(
+        tmp_path / "config.json").stop_ids == (), "null is as if absent, but for tokens, of which there are none then"
 
 
 @pytest.mark.parametrize("changes, said", [
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"model_type": "mistral", "sliding_window": 4096}, "model_type = 'mistral'; sliding_window = 4096"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_scaling type 'longrope'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "without a number 'low_freq_factor'"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "without a number 'factor'"),
-    ({"rope_scaling": "linear"}, "rope_scaling must be null or an object"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config = an object"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type = 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type = 'longrope'"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type = a list"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing; high_freq_factor is"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "rope_scaling: factor is missing"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has a factor but no type"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
+    ({"rope_parameters": [1]}, "rope_parameters is a list, not an object"),
+    *(({"rope_scaling": {"type": "linear", "factor": factor}}, f"factor is {factor!r}, not a number from 0.01 to")
+      for factor in (0, -2.0, math.nan, math.inf, "2", True)),
+    *(({"rope_scaling": STRETCHED | {"high_freq_factor": high}}, f"factor 1.0 is not below high_freq_factor {high}")
+      for high in (1.0, 0.5)),
+    ({"rope_scaling": STRETCHED | {"original_max_position_embeddings": 0}}, "_max_position_embeddings is 0, not a"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"rope_scaling": STRETCHED, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ({"rope_interleaved": True}, "rope_interleaved = True"),
     ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-    ({"hidden_size": None}, "hidden_size missing or not such a number"),
-    ({"vocab_size": "512"}, "vocab_size missing or not such a number"),
-    ({"num_attention_heads": 0}, "num_attention_heads missing or not such a number"),
-    ({"num_key_value_heads": 8.0}, "num_key_value_heads missing or not such a number"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps missing or not such a number"),
+    ({"hidden_act": "gelu" * 9999}, "hidden_act = 'gelugelu"),
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"vocab_size": "512"}, "vocab_size is '512', not a whole number from 1 to 16777216"),
+    ({"vocab_size": True, "mlp_bias": 1}, "vocab_size is True, not a whole number from 1 to 16777216; mlp_bias is 1"),
+    ({"hidden_size": 10**400}, "hidden_size is 10000"),
+    ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000, not a whole number from 1 to 512"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0, not"),
+    ({"num_key_value_heads": 8.0}, "num_key_value_heads is 8.0, not a whole number"),
+    ({"head_dim": 127}, "head_dim 127 is odd"),
+    *(({"rms_norm_eps": eps}, f"rms_norm_eps is {eps!r}, not a number") for eps in ("1e-5", -1e-5, 0, math.nan)),
+    *(({"rope_theta": base}, f"rope_theta is {base!r}, not a number") for base in ("1e4", 0, -1e4, math.nan, math.inf)),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0, not a number"),
+    *(({"max_position_embeddings": size}, f"max_position_embeddings is {size!r}, not") for size in (0, "2048", 2048.5)),
+    *(({key: "false"}, f"{key} is 'false', not true or false")
+      for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")),
+    ({"architectures": "LlamaForSequenceClassification"}, "architectures is 'LlamaForSequenceClassification', not"),
+    ({"architectures": ["LlamaForSequenceClassification"], "id2label": ["bad"]}, "id2label is a list, not an object"),
+    *(({"bos_token_id": bos}, f"bos_token_id is {said}, not a whole number from 0 to 31999")
+      for bos, said in ((32000, "32000"), (-1, "-1"), ("<s>", "'<s>'"), ([1], "a list"), (1.0, "1.0"))),
+    *(({"eos_token_id": eos}, f"eos_token_id is {said}, not a whole number from 0 to 31999")
+      for eos, said in ((32000, "32000"), (-1, "-1"), ([2, ""], "''"), ([2, 32000], "32000"), ({}, "an object"))),
+    ({"eos_token_id": [2, None]}, "eos_token_id is missing"),
     ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
     ({"num_attention_heads": 30, "num_key_value_heads": 30}, "4096 is not a multiple of num_attention_heads 30"),
 ], ids=str)
@@ -275,7 +307,8 @@ def test_configurations_that_are_refused(tmp_path, changes, said):
     path.write_text(json.dumps(LLAMA2 | changes))
     with pytest.raises(UserError) as error:
         checkpoint.read_config(path)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert said in message and str(path) in message and "\n" not in message and len(message) < 600 + len(str(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -294,9 +327,9 @@ def break_header(path):
 BROKEN = {  # what happens to a good folder of this kind -> what is said
     "no weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "no checkpoint here"),
     "no config": ("bin", lambda f: (f / "config.json").unlink(), "config.json: not found"),
-    "config no JSON": ("bin", lambda f: (f / "config.json").write_text("{'a': 1}"), "cannot be read as a JSON object"),
-    "config a list": ("bin", lambda f: (f / "config.json").write_text("[]"), "cannot be read as a JSON object"),
-    "config not UTF-8": ("bin", lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "config.json: cannot be"),
+    "config no JSON": ("bin", lambda f: (f / "config.json").write_text("{'a': 1}"), "invalid JSON at column 2"),
+    "config a list": ("bin", lambda f: (f / "config.json").write_text("[]"), "holds a list, not an object"),
+    "config not UTF-8": ("bin", lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is not UTF-8"),
     "bad header": ("safetensors", lambda f: break_header(f / "model.safetensors"), "not a readable checkpoint"),
     "long header": ("safetensors", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "not a readable"),
     "cut tensors": ("safetensors", lambda f: cut(f / "model.safetensors", 20000), "not a readable checkpoint"),
@@ -312,9 +345,21 @@ BROKEN = {  # what happens to a good folder of this kind -> what is said
                     "shards missing: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"),
     "shard cut": ("sharded safetensors", lambda f: cut(f / "model-00002-of-00003.safetensors", 900),
                   "model-00002-of-00003.safetensors: not a readable checkpoint"),
-    "index broken": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("{"), "'weight_map'"),
+    "index broken": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("{"), "invalid JSON"),
     "index empty": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("{}"), "'weight_map'"),
+    "index of no files": ("sharded bin", lambda f: map_to(f, None), "'weight_map'"),
+    "index of numbers": ("sharded bin", lambda f: map_to(f, 3, [4], "a\0b"), "shards missing: 3, a"),
+    "index of a path": ("sharded bin", lambda f: map_to(f, "../other.bin", f"{f}/x.bin"), "shards missing: ../other"),
+    "index of names too long": ("sharded bin", lambda f: map_to(f, "x" * 9999), "shards missing: xxxxx"),
+    "config too deep": ("bin", lambda f: (f / "config.json").write_text("[" * 99999 + "]" * 99999), "too deep"),
+    "index deep": ("sharded bin", lambda f: (f / "pytorch_model.bin.index.json").write_text("[" * 99999), "too deep"),
 }
+
+
+def map_to(folder, *files):
+    """Let the index name these files."""
+    where = {f"model.layers.{i}.mlp": file for i, file in enumerate(files) if file is not None}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -327,6 +372,58 @@ def test_broken_folders_are_refused(tmp_path, name):
         checkpoint.load(tmp_path)
     message = str(error.value)
     assert said in message and str(tmp_path) in message and "\n" not in message
+
+
+NO_FLOATS = {
+    "a list": lambda weights: [1, 2],
+    "a tensor": lambda weights: torch.zeros(3),
+    "nested": lambda weights: {"state_dict": weights},
+    "a number": lambda weights: weights | {"step": 3},
+    "a number as name": lambda weights: weights | {3: torch.zeros(2)},
+    "integers": lambda weights: weights | {"model.norm.weight": torch.ones(32, dtype=torch.int8)},
+    "8-bit floats": lambda weights: weights | {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)},
+    "complex": lambda weights: weights | {"model.norm.weight": torch.ones(32, dtype=torch.complex64)},
+    "sparse": lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"].to_sparse()},
+    "no data": lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"].to("meta")},
+}
+
+
+@pytest.mark.parametrize("name", NO_FLOATS)
+def test_what_is_no_tensor_of_floats_is_refused(tmp_path, name):
+    content = NO_FLOATS[name](weights_of(tiny()))
+    said = "in it is no tensor of 16, 32 or 64-bit floats" if isinstance(content, dict) else ""
+    with pytest.raises(UserError, match=f"pytorch_model.bin: not a readable checkpoint .*{said}"):
+        checkpoint.load(checkpoint_folder(tmp_path / "bin", tiny(), "bin", content))
+    if name in ("integers", "8-bit floats"):
+        with pytest.raises(UserError, match=f"model.norm.weight' {said}"):
+            checkpoint.load(checkpoint_folder(tmp_path / "safetensors", tiny(), "safetensors", content))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_floats_of_other_sizes_are_read(tmp_path, kind, dtype):
+    llama = tiny().to(dtype)
+    assert weights_equal(checkpoint.load(checkpoint_folder(tmp_path, llama, kind)), llama.float())
+
+
+def test_a_head_that_should_be_tied_and_differs_is_refused(tmp_path):
+    """transformers 4 would take the embedding for it, transformers 5 the head."""
+    checkpoint.save(tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match="tie_word_embeddings, but lm_head.weight is not the embedding"):
+        checkpoint.load(tmp_path)
+    assert checkpoint.load(tmp_path, scorer=True).config.num_labels == 1, "a preference model needs no head of words"
+
+
+def test_a_head_that_gives_scores_is_never_replaced(tmp_path):
+    """Even where the configuration says nothing of it."""
+    llama = tiny(num_labels=1)
+    checkpoint.save(llama, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes in ({"architectures": None}, {"num_labels": 0}, {"num_labels": 1, "id2label": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        assert weights_equal(checkpoint.load(tmp_path, scorer=True), llama)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -380,9 +477,23 @@ def test_tokenizers(tmp_path):
     tokenizer_file(tmp_path, 41)
     with pytest.raises(UserError, match=re.escape(f"has token id 40, but the embedding of {tmp_path} ends at 39")):
         checkpoint.load_tokenizer(tmp_path, llama)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
-        checkpoint.load_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    bare = whole | {"model": whole["model"] | {"vocab": {"a": 0}, "unk_token": "b"}}
+    panic = whole | {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+                               "continuing_subword_prefix": "long"}}
+    for content in ({}, [], panic, bare):  # the last has no token for what is unknown
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+            checkpoint.load_tokenizer(tmp_path)
+    path.write_text(json.dumps(whole | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    for model in (None, llama):
+        with pytest.raises(UserError, match="tokenizer.json: has no tokens"):
+            checkpoint.load_tokenizer(tmp_path, model)
+    path.write_text(json.dumps(whole | {"padding": {
+        "strategy": {"Fixed": 100}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "word0"}}))
+    assert checkpoint.load_tokenizer(tmp_path).encode("word7").ids == [7]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -416,8 +527,14 @@ def test_a_fingerprint_is_of_what_decides_the_output_and_of_nothing_else(tmp_pat
         (folder / stray).write_text("{}")
     (tmp_path / "one").rename(tmp_path / "other")
     assert checkpoint.fingerprint(tmp_path / "other" / folder.name) == found
-    (tmp_path / "other" / folder.name / "principle.json").write_text('{"mean": 3.0}')
-    assert checkpoint.fingerprint(tmp_path / "other" / folder.name) != found
+    path = tmp_path / "other" / folder.name / "principle.json"
+    path.unlink(missing_ok=True)
+    without = checkpoint.fingerprint(path.parent)
+    path.mkdir()
+    assert checkpoint.fingerprint(path.parent) == without, "no file"
+    path.rmdir()
+    path.write_text('{"mean": 3.0}')
+    assert checkpoint.fingerprint(path.parent) not in (found, without)
 
 
 def test_what_has_no_fingerprint(tmp_path):

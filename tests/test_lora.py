@@ -1,5 +1,7 @@
 """Low-rank adapters and scalar heads: against plain layers, against peft and transformers, and through training."""
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import resume
 import toy
 import train
 from common import UserError, write_jsonl
+from conftest import assert_one_line
 from model import Config, Llama, document_scores, logits
 from train import METHODS, Options
 
@@ -158,14 +161,53 @@ def broken(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes, said", [({"use_dora": True}, "use_dora"), ({"r": "four"}, "configuration"),
-                                           ({"base_model_name_or_path": "nowhere"}, "nowhere"),
-                                           ({"rank_pattern": {"q_proj": 2}}, "rank_pattern")])
+@pytest.mark.parametrize("changes, said", [
+    ({"use_dora": True}, "use_dora = True"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = an object"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"), ({"task_type": "TOKEN_CLS"}, "task_type = 'TOKEN"),
+    *(({"r": r}, f"r is {r!r}, not a whole number from 1 to") for r in ("four", 0, -4, True, 4.5)),
+    ({"r": None}, "r is missing"), ({"r": 2}, "has no A and B of rank 2"),
+    *(({"lora_alpha": alpha}, f"lora_alpha is {alpha!r}, not a number from") for alpha in (math.nan, math.inf, "8")),
+    ({"use_rslora": "no"}, "use_rslora is 'no', not true or false"),
+    *(({"base_model_name_or_path": name}, f"base_model_name_or_path {name[:20]!r}"[:-1])
+      for name in ("nowhere", "", "base\0", "x" * 9999, "adapter-1")),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, not a text")], ids=lambda x: str(x)[:40])
 def test_what_is_not_computed_here_is_refused_by_name(base, changes, said):
     folder = adapter(base, 1)
     broken(folder, **changes)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(folder, scorer=True)
+    assert_one_line(f"error: {error.value}\n", re.escape(said))
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+SCORE = "base_model.model.score.weight"
+
+
+@pytest.mark.parametrize("changes, said", [
+    *(({f"{Q}{part}.weight": tensor}, "has no A and B of rank 4 .* for model.layers.0.self_attn.q_proj;")
+      for part, tensor in (("A", None), ("B", None), ("A", torch.zeros(3, 32)), ("B", torch.zeros(32, 3)),
+                           ("A", torch.tensor(1.0)), ("B", torch.zeros(32)), ("A", torch.zeros(1, 4, 32)))),
+    ({f"{Q}A.weight": torch.zeros(4, 31)}, "adapter of model.layers.0.self_attn.q_proj does not fit"),
+    ({f"{Q}A.weight": torch.zeros(4, 32, dtype=torch.int32)}, "no tensor of 16, 32 or 64-bit floats"),
+    *(({SCORE: tensor}, "its scalar head does not fit the base")
+      for tensor in (torch.tensor(1.0), torch.zeros(32), torch.zeros(1, 31), torch.zeros(2, 32), torch.zeros(0, 32))),
+    ({"base_model.model.lm_head.weight": torch.zeros(90, 32)}, "alone, but holds base_model.model.lm_head.weight"),
+    (None, "alone, but holds nothing")], ids=str)
+def test_adapters_that_cannot_be(base, changes, said):
+    from safetensors.torch import load_file, save_file
+    folder = adapter(base, 1)
+    path = folder / "adapter_model.safetensors"
+    tensors = {} if changes is None else {**load_file(path), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(UserError, match=said):
         checkpoint.load(folder, scorer=True)
+
+
+def test_a_scalar_head_beside_a_language_model_is_refused(base):
+    folder = adapter(base, 1)
+    broken(folder, task_type=None)
+    with pytest.raises(UserError, match="its scalar head does not fit the base"):
+        checkpoint.load(folder)
 
 
 @pytest.mark.cuda
@@ -312,9 +354,12 @@ def test_an_adapter_trained_on_longer_texts_keeps_its_longer_context(words, tmp_
     assert checkpoint.load(tmp_path / "adapter").config.max_position_embeddings == 100
     (tmp_path / "broken").mkdir()
     checkpoint.save(llama, tmp_path / "broken")
-    (tmp_path / "broken" / "context.json").write_text("[]")
-    with pytest.raises(UserError, match="says no max_position_embeddings"):
-        checkpoint.load(tmp_path / "broken")
+    for content, said in (([], "holds a list"), ({}, "max_position_embeddings is missing"),
+                          *(({"max_position_embeddings": size}, "max_position_embeddings is ")
+                            for size in (0, -1, "64", True, 64.5, math.inf, 10**30))):
+        (tmp_path / "broken" / "context.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            checkpoint.load(tmp_path / "broken")
 
 
 def test_a_scalar_head_is_trained_in_fp32_beside_frozen_bf16_weights(words):
