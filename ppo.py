@@ -125,6 +125,7 @@ def read_weights(words, names):
     """Weights [K] from the command line: numbers, a JSON file {name: weight}, or nothing, which is 1 each."""
     if not words:
         return [1.0] * len(names)
+    where = f"--weights {words[0]}" if words[0].endswith(".json") else "--weights"
     if len(words) == 1 and words[0].endswith(".json"):
         content = files.read_json(words[0])
         missing = [name for name in names if not isinstance(content, dict) or name not in content]
@@ -134,11 +135,11 @@ def read_weights(words, names):
     try:
         weights = [float(word) for word in words]
     except (TypeError, ValueError) as error:
-        raise UserError(f"--weights: {words} are not all numbers; give numbers, or one .json file") from error
+        raise UserError(f"{where}: {words} are not all numbers; give numbers, or one .json file") from error
     if len(weights) != len(names):
-        raise UserError(f"--weights: {len(weights)} for {len(names)} rewards ({', '.join(names)}); give one for each")
+        raise UserError(f"{where}: {len(weights)} for {len(names)} rewards ({', '.join(names)}); give one for each")
     if not all(map(math.isfinite, weights)):
-        raise UserError(f"--weights: {weights} are not all finite; mend them")
+        raise UserError(f"{where}: {weights} are not all finite; mend them")
     return weights
 
 

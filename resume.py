@@ -23,7 +23,8 @@ import torch
 from common import UserError, code_of, digest, first_line, in_short, locked, write_text, write_whole
 
 MODEL = ("config.json", "adapter_config.json")  # of which a folder with a model has one
-MADE = ("run.json", "state.pt", "principle.json", *MODEL)  # what tells of a run, and must not outlive it
+MADE = ("run.json", "state.pt", "principle.json", *MODEL, "model.safetensors", "adapter_model.safetensors",
+        "context.json")  # what a run makes, and must not outlive it
 
 
 def read_metrics(out):

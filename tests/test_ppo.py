@@ -478,6 +478,15 @@ def test_mistakes_are_refused_before_any_model_is_loaded(world, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content, said", [
+    ('{"a": 1}', "no weight for b"), ('{"a": 1, "b": [2]}', "are not all numbers"), ('{"a": 1, "b": NaN}', "not all fin"),
+    ("[1, 2]", "no weight for a, b"), ("{", "invalid JSON")])
+def test_a_file_of_weights_is_named_with_what_is_wrong_in_it(tmp_path, content, said):
+    (tmp_path / "w.json").write_text(content)
+    with pytest.raises(UserError, match=rf"w\.json.*{said}"):
+        ppo.read_weights([str(tmp_path / "w.json")], ["a", "b"])
+
+
 def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):
     class Scorers:
         def __init__(self, folders, device=None):

@@ -210,7 +210,7 @@ def test_a_finished_run_whose_model_was_removed_is_made_again(finished):
 
 def test_beginning_again_leaves_nothing_that_a_later_run_would_believe(finished):
     """Neither the old model nor what was measured of it."""
-    for name in (*resume.MODEL, "principle.json", "state.pt"):
+    for name in (*resume.MODEL, "model.safetensors", "adapter_model.safetensors", "principle.json", "state.pt"):
         (finished / name).write_text("{}")
     Run(finished, OTHER, overwrite=True).metrics.close()
     assert sorted(contents(finished)) == ["metrics.jsonl", "run.json"]
