@@ -479,7 +479,7 @@ def test_mistakes_are_refused_before_any_model_is_loaded(world, tmp_path, monkey
 
 
 @pytest.mark.parametrize("content, said", [
-    ('{"a": 1}', "no weight for b"), ('{"a": 1, "b": [2]}', "are not all numbers"), ('{"a": 1, "b": NaN}', "not all fin"),
+    ('{"a": 1}', "no weight for b"), ('{"a": 1, "b": [2]}', "are not all numbers"), ('{"a": 1, "b": NaN}', "not all f"),
     ("[1, 2]", "no weight for a, b"), ("{", "invalid JSON")])
 def test_a_file_of_weights_is_named_with_what_is_wrong_in_it(tmp_path, content, said):
     (tmp_path / "w.json").write_text(content)
