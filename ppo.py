@@ -6,8 +6,8 @@ examples:
 
 A reward is the folder of a preference model, or toy:NAME, an exact scorer of the embedded world. Their scores are
 normalised, so that the reference's responses have mean 0 and deviation 1 on each, before --scalarization makes one
-reward of them (see reward.py). Every run writes OUT/metrics.jsonl, a row per iteration, and goes on with --resume after
-a kill.
+reward of them (see reward.py). Every run writes OUT/metrics.jsonl, a row per iteration, and OUT/run.json; it goes on
+with --resume after a kill, and --overwrite begins again.
 """
 # Each iteration, the policy responds to a batch of prompts, and preference models score the responses, one principle
 # each. A few epochs of PPO (Schulman et al., arXiv 1707.06347) then make those responses more likely whose scalarized

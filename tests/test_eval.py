@@ -390,7 +390,7 @@ def test_nothing_is_asked_before_it_can_be_written_down(serve, tmp_path, monkeyp
 def test_an_objective_that_says_nothing_is_not_asked_about(serve, tmp_path):
     server = serve("A")
     (tmp_path / "eval.json").write_text("{}")
-    for out, told in (("out", "holds no objective"), (".", "eval.json: is an input too")):
+    for out, told in (("out", "eval.json: not objectives"), (".", "eval.json: is an input too")):
         words = ["--objectives", "eval.json", "--out", out, "--judge-url", server.url, "--judge-model", "m"]
         done = run(write_rows(tmp_path / "rows.jsonl", toy_rows(2)), *words, folder=tmp_path)
         assert done.returncode == 2 and told in done.stderr
