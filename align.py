@@ -253,8 +253,6 @@ def main():
     template = data.read_template(args.template) if args.template else data.TEMPLATE
     wanted = args.objectives or DEFAULT
     objectives = data.find_objectives(wanted)
-    if not objectives:
-        raise UserError(f"{wanted[0]}: holds no objective; write one into it, or leave --objectives out")
     if args.interactive:
         interactive(Writer(args.model, args.device), wanted, template, **vars(options), **vars(sampling))
     else:

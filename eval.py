@@ -254,8 +254,6 @@ def judge_files(files, judge_url, judge_model, judge_tokens, objectives, out, li
         check_out(out / name, [*files, *(text for text in objectives or () if text.endswith(".json"))])
     known = OBJECTIVES if judge_url else {**OBJECTIVES, **toy.OBJECTIVES, "intact": toy.INTACT}
     wanted = find_objectives(objectives, known) if objectives else None
-    if wanted == []:
-        raise UserError(f"{objectives[0]}: holds no objective; write one into it, or leave --objectives out")
     distinct = {}
     for path in files:
         distinct.setdefault(os.path.realpath(path), path)
