@@ -46,8 +46,8 @@ import formats
 import ppo
 import reward
 import train
-from trials import (World, command, complaint, disks, ended_at, files_in, forked, kills, limit_memory, make_world,
-                    stale, undisturbed, words_of)
+from trials import (World, command, complaint, difference, disks, ended_at, files_in, forked, kills, limit_memory,
+                    make_world, stale, undisturbed, words_of)
 
 KEY = "sk-campaign-0123456789"  # the secret that no line and no file may show
 
@@ -134,15 +134,12 @@ FORMATS = {  # name: (its readers, a record of a question Q and answers A and B)
     "prompts CSV": ("rated", '{"prompt": "Q", "golden": "A"}'),
     "examples": ("examples completions", """{"prompt": "Q", "completion": "A", "relation": "better",
         "context": [0, 2], "answer": [2, 4]}"""),
-    "labels": ("preferences", """{"prompt": "Q", "response_a": "A", "response_b": "B", "principle": "detail",
-        "p_a": 0.25}"""),
+    "labels": ("preferences", '{"prompt": "Q", "response_a": "A", "response_b": "B", "principle": "p", "p_a": 0.25}'),
     "AlpacaEval annotated": ("preferences", """{"prompt": "Q", "reference": "B", "responses": {
         "m": {"text": "A", "gpt4_preference_over_reference": 0.75}}}"""),
     "Auto-J": ("preferences", '{"prompt": "Q", "response 1": "A", "response 2": "B", "label": 1}'),
-    "aligned": ("aligned", """{"prompt": "Q", "original": "A", "aligned": "B", "objectives": ["a: b"],
-        "golden": "A"}"""),
-    "aligned CSV": ("aligned", """{"prompt": "Q", "original": "A", "aligned": "B", "objectives": "a: b | c: d",
-        "golden": ""}"""),
+    "aligned": ("aligned", '{"prompt": "Q", "original": "A", "aligned": "B", "objectives": ["a: b"], "golden": "A"}'),
+    "aligned CSV": ("aligned", '{"prompt": "Q", "original": "A", "aligned": "B", "objectives": "a | b", "golden": ""}'),
     "texts": ("texts", '{"text": "A"}'),
     "objectives list": ("objectives", '{"name": "Q", "description": "A"}'),
     "template alone": ("template", """{"better": "{objectives} {prompt} {answer}:",
@@ -165,7 +162,7 @@ def is_valid(row, keys):
 
 
 def laid_out(chunks, form, columns):
-    """The bytes of a file of records, each given as bytes; "" for none."""
+    """The bytes of a file of records, each given as bytes."""
     content = b"".join(chunk + b"\n" for chunk in chunks)
     if form == "list":
         content = b"[" + b",\n".join(chunks) + b"]\n"
@@ -175,6 +172,7 @@ def laid_out(chunks, form, columns):
 
 
 def cells(values):
+    """A line of CSV, as bytes."""
     line = io.StringIO()
     csv.writer(line).writerow(values)
     return line.getvalue().removesuffix("\r\n").encode()
@@ -305,9 +303,9 @@ def checkpoints(world):
     """A damaged model, or state of a training, is refused in one line, or can be used; to load it runs no code."""
     models, marker = world.fresh("models"), world.folder / "code-ran"
     forked(functools.partial(make_models, world.folder / "world" / "base", models))
-    calls = undisturbed(world, "train sft").calls
+    known = undisturbed(world, "train sft")
     words, more, _ = words_of(world, "train sft", world.folder / "damaged")
-    forked(ended_at(command(words + more), "call", calls // 2))
+    forked(ended_at(command(words + more), "call", known.calls // 2))
     shutil.move(world.folder / "damaged" / "out", models / "state")
 
     def trial(kind, number):
@@ -329,7 +327,10 @@ def checkpoints(world):
             begin = 300 if how == "head" else len(content)
             content = damaged(rng, content[:begin]) + content[begin:]
         path.write_bytes(content)
-        wrong = complaint(forked(functools.partial(use, kind, folder, words + more), 20))
+        result = forked(functools.partial(use, kind, folder, words + more), 20)
+        wrong = complaint(result)
+        if result[0] == 0 and path.name == "state.pt":  # what went on from it is the same, or else it is refused
+            wrong = wrong or difference(files_in(folder.parent), known.files)
         if marker.exists():
             marker.unlink()
             wrong = "to load it ran code"
@@ -382,11 +383,11 @@ def flood(request):
 
 
 def reset(request):
+    """The connection is torn down."""
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.connection.close()
 
 
-ESCAPED_KEY = "".join(f"\\u{ord(letter):04x}" for letter in KEY).encode()
 SICK = {
     "drip": drip, "drip in the head": lambda request: drip(request, b"HTTP/1.1 200 OK\r\nX:"), "flood": flood,
     "reset": reset, "silence": lambda request: time.sleep(20), "close": b"", "banana": b"banana\r\n\r\n",
@@ -401,11 +402,12 @@ SICK = {
     "400, key": reply(400, {"message": [KEY]}), "500, key": reply(500, KEY.encode() * 2000),
     "500, key cut": reply(500, b"x " * 140 + KEY.encode()), "200, key": reply(200, {"error": {KEY: KEY}}),
     "reason, key": b"HTTP/1.1 500 " + KEY.encode() + b"\r\n\r\n", "answer, key": said(content=f"my key is {KEY}"),
-    "answer, key escaped": said(content="@").replace(b"@", ESCAPED_KEY), "400": reply(400, {"error": "no"}),
-    "404": reply(404, b"<html>"), "429": reply(429, {}, "Retry-After: 0"), "500": reply(500, {}),
-    "429, long": reply(429, {}, "Retry-After: 1e9"), "429, odd": reply(429, {}, "Retry-After: soon"),
-    "503, NaN": reply(503, {}, "Retry-After: nan"), "204": reply(204, b""), "empty": reply(200, b""),
-    "html": reply(200, b"<html>login</html>"), "list": reply(200, []), "null": reply(200, None), "1": reply(200, 1),
+    "answer, key escaped": said(content="@").replace(b"@", "".join(f"\\u{ord(x):04x}" for x in KEY).encode()),
+    "400": reply(400, {"error": "no"}), "404": reply(404, b"<html>"), "500": reply(500, {}),
+    "429": reply(429, {}, "Retry-After: 0"), "429, long": reply(429, {}, "Retry-After: 1e9"),
+    "429, odd": reply(429, {}, "Retry-After: soon"), "503, NaN": reply(503, {}, "Retry-After: nan"),
+    "204": reply(204, b""), "empty": reply(200, b""), "html": reply(200, b"<html>"), "list": reply(200, []),
+    "null": reply(200, None), "1": reply(200, 1),
     "NaN": reply(200, b"NaN"), "not UTF-8": reply(200, b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
     "half": reply(200, b'{"choices": ['), "deep": reply(200, b"[" * 200_000), "no choices": reply(200, {"choices": []}),
     "deep content": said(content=functools.reduce(lambda inner, _: [inner], range(900))), "no content": said(),
@@ -506,6 +508,7 @@ def begin(folder, seed):
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)  # a process with threads cannot be forked safely
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks: one that is killed would keep it
     for script in ("train", "ppo"):
         common.code_of(script)  # it takes a while, and is kept
     shutil.rmtree(folder, ignore_errors=True)
@@ -518,6 +521,7 @@ def begin(folder, seed):
 
 
 def end(world, server):
+    """Remove what `begin` has made."""
     os.kill(server, signal.SIGKILL)
     os.waitpid(server, 0)
     shutil.rmtree(world.folder)
@@ -587,9 +591,8 @@ def main():
     finally:
         end(world, server)
     tell(counts, spent, failures, args.seed)
-    common.write_text(Path(args.out) / "campaign.json", json.dumps({
-        "seed": args.seed, "minutes": args.minutes, "seconds": spent, "tried and survived": counts,
-        "failures": dict(failures)}, indent=1) + "\n")
+    found = {"seed": args.seed, "seconds": spent, "tried and survived": counts, "failures": dict(failures)}
+    common.write_text(Path(args.out) / "campaign.json", json.dumps(found, indent=1) + "\n")
     sys.exit(1 if failures else 0)
 
 

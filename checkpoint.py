@@ -265,6 +265,8 @@ def save_weights(llama, folder):
 def write_tensors(path, weights):
     """Write {name: tensor} as safetensors, whole or not at all."""
     def write(aside):
+        for left in aside.parent.glob(".tmp??????"):  # by safetensors, when it was killed while it wrote
+            left.unlink()
         try:
             save_file(weights, aside, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, too
@@ -320,7 +322,7 @@ def weights_digest(llama):
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-CONTEXT = "context.json"  # beside an adapter, {"max_position_embeddings"}: it may be longer than its base's
+CONTEXT = "context.json"  # beside an adapter: max_position_embeddings, which may be more than its base's, and "base"
 
 
 def adapts_scorer(folder):
@@ -351,17 +353,44 @@ def adapter_config(folder):
 
 
 def base_of(folder):
-    """The folder of the model that an adapter belongs to: as its configuration says, or beside the adapter."""
+    """The folder of the model that an adapter belongs to: as its configuration says, or beside the adapter. Where we
+    made it, context.json tells one model from another of that name."""
     named = adapter_config(folder)[0].get("base_model_name_or_path") or ""
     places = [Path(named), Path(folder).parent / named, Path(folder).parent / Path(named).name]
     try:
-        found = next((place for place in places if named and (place / "config.json").exists()), None)
+        places = [place for place in places if named and (place / "config.json").exists()]
     except OSError:  # a name longer than any file's
-        found = None
-    if found is None:
+        places = []
+    if not places:
         raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path {shown(named)} is no folder here; put "
                         "the base model there")
-    return found
+    own = read_object(Path(folder) / CONTEXT).get("base") if (Path(folder) / CONTEXT).exists() else None
+    found = [place for place in places if own is None or own == glance(place)]
+    if not found:
+        raise UserError(f"{folder}: adapts another model than the one that is now in {places[0]}; put that there again")
+    return found[0]
+
+
+def glance(folder):
+    """A checksum (text) of a model's configuration, and of the beginning, middle and end of its weight files: other
+    models have another, and to make it takes no time. (`fingerprint` reads every byte.)"""
+    parts = [file_digest(Path(folder) / "config.json")]
+    for path in checkpoint_files(folder):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for place in (0, size // 2, size - 2**16):
+                file.seek(max(place, 0))
+                parts.append(zlib.crc32(file.read(2**16)))
+    return digest(parts)
+
+
+def check_folder(out, folders):
+    """UserError where the folder `out`, which a model is to be written to, is that of a model in use: one of `folders`,
+    or the base of an adapter in one."""
+    for folder in folders:
+        used = [folder, *([base_of(folder)] if is_adapter(folder) else [])]
+        if Path(out).resolve() in [Path(place).resolve() for place in used]:
+            raise UserError(f"{out}: is a model to start from, or that another needs; choose another --out")
 
 
 def read_adapter(folder):
@@ -420,7 +449,10 @@ def save_adapter(llama, folder):
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "modules_to_save": ["score"] if scorer else None}
     write_tensors(folder / "adapter_model.safetensors", weights)
-    write_text(folder / CONTEXT, json.dumps({"max_position_embeddings": llama.config.max_position_embeddings}) + "\n")
+    base = llama.adapter["base_model_name_or_path"]
+    context = {"max_position_embeddings": llama.config.max_position_embeddings,
+               "base": glance(base) if (Path(base) / "config.json").exists() else None}
+    write_text(folder / CONTEXT, json.dumps(context) + "\n")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -188,12 +188,15 @@ def lasting(options):
 def write_whole(path, write):
     """Call write(aside) and then rename aside to path: a reader never sees half a file, and after any error what was
     there before is still there, and nothing else. UserError while another process writes it."""
-    path, aside = Path(path), Path(f"{path}.tmp")
+    path = Path(os.path.realpath(path))  # a link stays one
+    aside = Path(f"{path}.tmp")
     with locked(aside):
         try:
             mode = aside.stat().st_mode
             write(aside)
             aside.chmod(mode)  # safetensors makes files that nobody else may read
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())  # on the disk before its name is, if the power fails
             os.replace(aside, path)
         except BaseException as error:
             aside.unlink(missing_ok=True)
@@ -268,29 +271,35 @@ def digest(*content):
 
 
 def file_digest(path):
-    """A checksum (text) of a file's bytes."""
+    """A checksum (text) of a file's bytes. Gigabytes take seconds: of a file that stays as it is, it is made once."""
+    there = os.stat(path)
+    return known_digest(os.path.realpath(path), there.st_ino, there.st_size, there.st_mtime_ns)
+
+
+@functools.cache
+def known_digest(path, *version):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
 def code_of(script, folder=Path(__file__).parent):
-    """{name: checksum} of a script of this folder and of all those that it imports, directly or not. Comments,
-    docstrings and layout make no difference."""
+    """{name: checksum} of a script of this folder and of all those that it imports, directly or not. Docstrings, empty
+    lines and those with nothing but a comment make no difference."""
     found, waiting = {}, [script]
     while waiting:
         path = folder / f"{waiting.pop()}.py"
         if path.stem in found or not path.exists():
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        text, docstrings = path.read_text(encoding="utf-8"), set()
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 waiting.append(node.module)
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value,
-                                                                                                 ast.Constant):
-                del body[0]
-        found[path.stem] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                docstrings.update(range(node.lineno, node.end_lineno + 1))
+        kept = [line.rstrip() for number, line in enumerate(text.splitlines(), 1)
+                if line.strip() and not line.lstrip().startswith("#") and number not in docstrings]
+        found[path.stem] = digest(kept)
     return found

@@ -162,10 +162,19 @@ def best_rated(responses):
 
 
 def from_pair(record, where, objective):
-    """Pairs: chosen and rejected answers to a prompt (TRL), or dialogues (HH-RLHF), None if those differ."""
+    """Pairs: chosen and rejected answers to a prompt (TRL), or dialogues (HH-RLHF); None if those differ before their
+    last answers. Messages before the last one are the prompt, which they must repeat or go on from."""
+    answers = [answer_text(record, key, where, several=True) for key in ("chosen", "rejected")]
     if "prompt" in record:
         prompt = prompt_text(record, "prompt", where)
-        answers = [answer_text(record, key, where) for key in ("chosen", "rejected")]
+        first, second = (record[key][:-1] if isinstance(record[key], list) else [] for key in ("chosen", "rejected"))
+        if first != second:
+            return None
+        if first and [message["content"] for message in first] != [prompt]:
+            before = dialogue_text({"chosen": first}, "chosen", where) + ASSISTANT
+            if prompt.strip() not in before:
+                raise UserError(f"{where}: the messages of 'chosen' do not repeat the 'prompt'; mend or remove the row")
+            prompt = before
     else:
         dialogues = [dialogue_text(record, key, where) for key in ("chosen", "rejected")]
         parts = [text.rpartition(ASSISTANT) for text in dialogues]
@@ -245,9 +254,15 @@ def prompt_text(record, key, where):
     return dialogue_text(record, key, where) + ASSISTANT * isinstance(record[key], list)
 
 
-def answer_text(record, key, where):
+def answer_text(record, key, where, several=False):
+    """A text as it is; of chat messages, the last one, which is the assistant's. several: there may be others."""
     text = dialogue_text(record, key, where)
-    return record[key][-1]["content"] if isinstance(record[key], list) else text
+    if not isinstance(record[key], list):
+        return text
+    if record[key][-1]["role"] != "assistant" or len(record[key]) > 1 and not several:
+        raise UserError(f"{where}: {key!r} should {'end with' if several else 'be'} one message by the assistant; mend "
+                        "or remove it")
+    return record[key][-1]["content"]
 
 
 def unrated(prompt_key, answer_key=None):
@@ -317,12 +332,17 @@ def read_pairs(path, relation=None, skipped=None, source=None):
 
 
 def read_completions(path, skipped=None):
-    """Yield {"prompt", "completion", ...} to fine-tune on: as read_pairs; Alpaca's outputs; the best-rated responses.
-    skipped: a Counter, told how many rows were left out and why."""
+    """Yield {"prompt", "completion", ...} to fine-tune on: as read_pairs; the last of chat messages; Alpaca's outputs;
+    the best-rated responses. skipped: a Counter, told how many rows were left out and why."""
     skipped = Counter() if skipped is None else skipped
     (where, record), source = first_and_all(records(path), path)
     if "completion" in record:
         yield from read_pairs(path, skipped=skipped, source=source)
+        return
+    if "messages" in record and not {"chosen", "responses", "completions"} & set(record):
+        for where, row in source:
+            completion = answer_text(row, "messages", where, several=True)
+            yield {"prompt": prompt_text({"prompt": row["messages"][:-1]}, "prompt", where), "completion": completion}
         return
     shows_how = {"instruction", "output"} <= set(record) and "generator" not in record  # Alpaca, but not AlpacaEval
     for _, row in located_rated(path, "chosen", skipped=skipped, source=source):

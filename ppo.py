@@ -81,14 +81,14 @@ class Options:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Rewards: anything with .names [K], .score(prompts, responses), which gives (K, N) in fp32, and a .fingerprint
+# Rewards: anything with .names [K], .score(prompts, responses), which gives (K, N) in fp32, .fingerprint {name: text}
 
 
 class ExactScorer:
     """The embedded world's own judges, in place of preference models."""
 
     def __init__(self, names):
-        self.names, self.fingerprint = list(names), "exact"
+        self.names, self.fingerprint = list(names), dict.fromkeys(names, "exact")
         for name in self.names:
             toy.score(name, next(iter(toy.TASK_OF_QUESTION)), "")  # UserError for one that it does not know
 
@@ -112,7 +112,7 @@ class Together:
         apart = [word for word in words if word.startswith("toy:")] + folders
         self.order = [apart.index(word) for word in words]
         self.names = [found[i] for i in self.order]
-        self.fingerprint = [part.fingerprint for part in self.parts]
+        self.fingerprint = {name: found for part in self.parts for name, found in part.fingerprint.items()}
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
             raise UserError(f"--reward: {', '.join(twice)} given twice; name each reward once")
@@ -121,8 +121,9 @@ class Together:
         return torch.cat([part.score(prompts, responses) for part in self.parts])[self.order]
 
 
-def read_weights(words, names):
-    """Weights [K] from the command line: numbers, a JSON file {name: weight}, or nothing, which is 1 each."""
+def read_weights(words, names, fingerprint=None):
+    """Weights [K] from the command line: numbers, a JSON file {name: weight}, or nothing, which is 1 each. fingerprint:
+    the rewards', which are to be the models that the file's weights were fitted to, where it says so."""
     if not words:
         return [1.0] * len(names)
     where = f"--weights {words[0]}" if words[0].endswith(".json") else "--weights"
@@ -131,6 +132,12 @@ def read_weights(words, names):
         missing = [name for name in names if not isinstance(content, dict) or name not in content]
         if missing:
             raise UserError(f"{words[0]}: no weight for {', '.join(missing)}; give {{name: weight}} for every reward")
+        of = content.get("of")
+        if fingerprint and isinstance(of, dict):
+            others = [name for name in names if of.get(name) != fingerprint[name]]
+            if others:
+                raise UserError(f"{words[0]}: was fitted to other models of {', '.join(others)}; run `reward.py train` "
+                                "again, or leave \"of\" out of it")
         words = [content[name] for name in names]
     try:
         weights = [float(word) for word in words]
@@ -506,10 +513,9 @@ def arguments(argv=None):
 def main():
     args = arguments()
     options, device = read_options(Options, args), device_named(args.device)
-    if Path(args.out).resolve() == Path(args.model).resolve():
-        raise UserError(f"{args.out}: is the model to start from; choose another --out")
+    checkpoint.check_folder(args.out, [args.model, *(word for word in args.reward if not word.startswith("toy:"))])
     rewards = Together(args.reward, device)
-    weights = read_weights(args.weights, rewards.names)
+    weights = read_weights(args.weights, rewards.names, rewards.fingerprint)
     policy = train.start_from(args.model, "ppo", device, options)
     tokenizer = checkpoint.load_tokenizer(args.model, policy)
     rows = formats.read_all(args.data, formats.read_rated, "chosen", None)

@@ -35,7 +35,8 @@ def read_metrics(out):
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a line is no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as metrics ({first_line(error)}); --overwrite starts again") from error
+        raise UserError(f"{path}: cannot be read as metrics ({first_line(error)}); delete run.json beside it to start "
+                        "again") from error
     return rows
 
 
@@ -53,8 +54,7 @@ def read_run(out):
         if not isinstance(run, dict) or not all(isinstance(run.get(key, {}), dict) for key in ("settings", "code")):
             raise ValueError("it does not describe a run")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); give another --out, or --overwrite to start "
-                        "again") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); delete it, or give another --out") from error
     return run
 
 
@@ -104,6 +104,7 @@ def kept(folder, name, made_of, make):
     if path.exists():
         print(f"{path}: was made of other code or data; made anew")
     make()
+    run = read_run(folder)  # make() may have kept parts of its own
     write_run(folder, {**circumstances(), **run, "parts": {**run.get("parts", {}), name: key}})
 
 
@@ -144,11 +145,16 @@ class Run:
         self.out, self.settings, self.code = Path(out), json.loads(json.dumps(settings)), code_of(script)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path, self.state = self.out / "state.pt", None
-        what = self.compare(resume, overwrite)
+        what, told = self.compare(resume, overwrite)
+        if what != "finished":  # whose folder may be one that nobody can write to
+            self.metrics = locked(self.out / "metrics.jsonl")
+            what, told = self.compare(resume, overwrite)  # another process may have ended in between
+        if told:
+            print(f"{self.out}: {told}")
         self.finished = what == "finished"
         if self.finished:
+            self.path.unlink(missing_ok=True)  # of a run that was killed as it ended
             return
-        self.metrics = locked(self.out / "metrics.jsonl")
         self.about = {**circumstances(), **(about or {}), "settings": self.settings, "code": self.code, "ended": None}
         if what == "go on":
             self.state, there = self.read(), read_run(self.out)
@@ -160,41 +166,49 @@ class Run:
         write_run(self.out, self.about)
 
     def compare(self, resume, overwrite):
-        """What to do about what the folder holds: "begin", "go on", or nothing, as it is "finished". UserError as the
-        table above says."""
-        model, run = any((self.out / name).exists() for name in MODEL), (self.out / "run.json").exists()
-        if model and not run and not (self.out / "metrics.jsonl").exists():
+        """What to do about what the folder holds: ("begin", "go on" or "finished", what to tell). UserError as above.
+        """
+        model, metrics = any((self.out / name).exists() for name in MODEL), self.out / "metrics.jsonl"
+        try:
+            run = read_run(self.out)
+            if run.get("ended") and model:
+                read_metrics(self.out)
+        except UserError:
+            if not overwrite:
+                raise
+            return "begin", ""
+        if not run and not (metrics.exists() and metrics.stat().st_size) and self.foreign():
             raise UserError(f"{self.out}: holds a model but no metrics.jsonl, so no run made it; choose another --out")
+        if "parts" in run:
+            raise UserError(f"{self.out}: holds a run of several parts ({run.get('command')}); choose another --out")
         if overwrite and not (resume and run):
-            return "begin"
+            return "begin", ""
         if not run and (model or self.path.exists()):
             raise UserError(f"{self.out}: holds a run without run.json, so nobody can tell what it was asked for; give "
                             "another --out, or --overwrite to start again")
-        run = read_run(self.out)
         ended = bool(run.get("ended")) and model
         if not ended and not self.path.exists():
-            return "begin"  # nothing is there that could be lost
+            return "begin", ""  # nothing is there that could be lost
         other = differences(run.get("settings", {}), self.settings)
         code = ", ".join(f"{name}.py" for name in changed(run.get("code", {}), self.code))
         if code and (ended or overwrite):
             other.append(f"code ({code})")
+        other = in_short(", ".join(other), 300)
         if other and not overwrite:
-            raise UserError(f"{self.out}: holds {'a finished' if ended else 'an unfinished'} run with other "
-                            f"{in_short(', '.join(other), 300)}; give another --out, or --overwrite to start again")
+            raise UserError(f"{self.out}: holds {'a finished' if ended else 'an unfinished'} run with other {other}; "
+                            "give another --out, or --overwrite to start again")
         if other:
-            print(f"{self.out}: was made with other {in_short(', '.join(other), 300)}; made anew")
-            return "begin"
+            return "begin", f"was made with other {other}; made anew"
         if ended:
-            read_metrics(self.out)
-            self.path.unlink(missing_ok=True)  # of a run that was killed as it ended
-            print(f"{self.out}: finished already, with these settings")
-            return "finished"
+            return "finished", "finished already, with these settings"
         if not resume:
             raise UserError(f"{self.out}: holds an unfinished run with these settings; --resume goes on with it, "
                             "--overwrite starts again")
-        if code:
-            print(f"{self.out}: goes on, though {code} changed since it began")
-        return "go on"
+        return "go on", code and f"goes on, though {code} changed since it began"
+
+    def foreign(self):
+        """Whether the folder holds what only a model's folder does."""
+        return any(path.suffix in (".safetensors", ".bin") or path.name in MADE for path in self.out.iterdir())
 
     def read(self):
         """What the last `save` kept. The checksums in the file are looked at: a flipped bit is no number to go on from.

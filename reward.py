@@ -40,6 +40,8 @@ def train_principles(base, rows, out, options, device, overwrite=False, about=No
             raise UserError(f"the principle {in_short(repr(name))} cannot name a folder; give it another name in the "
                             "labels")
     folders = [Path(out) / name for name in by_principle]
+    for folder in folders:
+        checkpoint.check_folder(folder, [base])
     for folder, labels in zip(folders, by_principle.values()):
         llama = train.start_from(base, "reward", device, options)
         tokenizer = checkpoint.load_tokenizer(base, llama)
@@ -65,7 +67,7 @@ class Scorers:
 
     def __init__(self, folders, device=None):
         self.device, about = device_named(device), [read_principle(folder) for folder in folders]
-        self.fingerprint = [checkpoint.fingerprint(folder) for folder in folders]
+        self.folders = folders
         self.names = [principle["name"] for principle in about]
         self.mean, self.std = (torch.tensor([float(principle[key]) for principle in about]) for key in ("mean", "std"))
         by_base = {}
@@ -73,6 +75,11 @@ class Scorers:
             base = str(checkpoint.base_of(folder).resolve()) if checkpoint.is_adapter(folder) else f"{number}"
             by_base.setdefault(base, []).append(number)
         self.parts = [(numbers, *self.load([folders[number] for number in numbers])) for numbers in by_base.values()]
+
+    @property
+    def fingerprint(self):
+        """{name: a checksum of the model}: others for models that score otherwise."""
+        return {name: checkpoint.fingerprint(folder) for name, folder in zip(self.names, self.folders)}
 
     def load(self, folders):
         """The adapters of one base, or the one whole model, and its tokenizer."""
@@ -186,7 +193,8 @@ def print_correlations(names, scores):
 
 def write_weights(path, scorers, rows, scores):
     """Fit the weights with which the principles' scores (K, P, 2), in standard deviations, predict the overall
-    preference of the pairs that are labelled with it, and write {principle: weight} for `ppo.py --weights`."""
+    preference of the pairs that are labelled with it, and write {principle: weight, ..., "of": {principle: the model's
+    fingerprint}} for `ppo.py --weights`."""
     own = [i for i, row in enumerate(rows) if row["principle"] == "overall"]
     which = [k for k, name in enumerate(scorers.names) if name != "overall"]
     if own and len(which) > 1:
@@ -194,7 +202,8 @@ def write_weights(path, scorers, rows, scores):
         differences = (scores[which][:, own, 0] - scores[which][:, own, 1]) / std[:, None]
         weights = fit_weights(differences.T.numpy(), [rows[i]["p_a"] for i in own])
         named = {scorers.names[k]: round(float(weight), 4) for k, weight in zip(which, weights)}
-        write_jsonl(path, [named])
+        fingerprint = scorers.fingerprint
+        write_jsonl(path, [{**named, "of": {name: fingerprint[name] for name in named}}])
         print(f"\n{path}: weights that predict the overall preference: "
               + ", ".join(f"{name} {weight:+.2f}" for name, weight in named.items()))
 
@@ -365,7 +374,6 @@ def run_train(files, base, out, principles, device, options, overwrite=False):
     rows, device = read_labels(files, principles), device_named(device)
     about = {"files": {path: file_digest(path) for path in files}}
     folders = train_principles(base, rows, out, options, device, overwrite, about)
-    (Path(out) / "weights.json").unlink(missing_ok=True)  # of an earlier run, which may have had labels to fit them to
     held_out = [row for row in rows if data.is_held_out(row, options.val_share, options.seed)]
     if held_out:
         scorers = Scorers(folders, device)

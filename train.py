@@ -499,7 +499,7 @@ def memory(device):
 def start_from(folder, name, device, options):
     """The model in a folder, with a scalar head for a method that scores and with LoRA where it is wanted; for
     pretrain, one from scratch where the folder has a configuration alone."""
-    weights = list(Path(folder).glob("*.safetensors")) + list(Path(folder).glob("*.bin"))
+    weights = [path for ending in ("safetensors", "bin", "index.json") for path in Path(folder).glob(f"*.{ending}")]
     if name == "pretrain" and not weights and (Path(folder) / "config.json").exists():
         if options.lora_rank:
             raise UserError(f"{folder}: holds no weights to adapt; leave --lora-rank out to train all from scratch")
@@ -554,8 +554,7 @@ def arguments(argv=None):
 def main():
     args = arguments()
     options, device = read_options(Options, args), device_named(args.device)
-    if Path(args.out).resolve() == Path(args.model).resolve():
-        raise UserError(f"{args.out}: is the model to start from; choose another --out")
+    checkpoint.check_folder(args.out, [args.model])
     llama = start_from(args.model, args.names[0], device, options)
     tokenizer = checkpoint.load_tokenizer(args.model, llama)
     replay = [text for path in args.replay for text in formats.read_texts(path)]

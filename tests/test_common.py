@@ -257,6 +257,13 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["o.jsonl"]
 
 
+def test_a_link_to_an_output_stays_one(tmp_path):
+    (tmp_path / "target.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("target.txt")
+    common.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "target.txt").read_text() == "new"
+
+
 def test_two_processes_do_not_write_one_file(tmp_path):
     path = tmp_path / "o.jsonl"
 
@@ -372,10 +379,11 @@ def test_the_code_of_a_script_is_what_it_computes_and_of_those_it_imports(tmp_pa
             (tmp_path / f"{name}.py").write_text(text)
         common.code_of.cache_clear()
         return common.code_of("a", tmp_path)
-    first = code(a='"""Doc."""\nimport os\nimport b\n', b="from c import x\ndef f():\n    'Doc.'\n    return 1 # one\n",
+    first = code(a='"""Doc."""\nimport os\nimport b\n', b="from c import x\ndef f():\n    'Doc.'\n    return 1\n",
                  c="import a\nx = 1\n", d="x = 1\n")
     assert first.keys() == {"a", "b", "c"}
-    assert code(b="from c import x\n\n# said otherwise\ndef f():\n    return 1\n", a="import os, b\n") != first
+    changed = "from c import x\n\n# said otherwise\ndef f():\n    # one\n    return 1\n\n"
+    assert code(b=changed, a="import os, b\n") != first
     assert code(a='import os\nimport b\n') == first
     other = code(c="import a\nx = 2\n")
     assert {name for name in first if first[name] != other[name]} == {"c"}

@@ -77,6 +77,37 @@ def test_trl_pairs_as_texts_and_as_messages(tmp_path):
     assert next(formats.read_rated(whole, objective="honest"))["responses"][0]["text"] == "no"
 
 
+def test_earlier_messages_are_the_prompt(tmp_path):
+    user, yes, no, more = ({"role": role, "content": text} for role, text in
+                           (("user", "why?"), ("assistant", "yes"), ("assistant", "no"), ("user", "really?")))
+    rows = [{"prompt": "why?", "chosen": [user, yes, more, yes], "rejected": [user, yes, more, no]},
+            {"prompt": [user, yes, more], "chosen": [user, yes, more, yes], "rejected": [user, yes, more, no]},
+            {"prompt": "why?", "chosen": [user, yes, more, yes], "rejected": [user, no, more, no]}]
+    skipped = Counter()
+    read = list(formats.read_rated(write(tmp_path / "p.jsonl", *rows), "honest", skipped=skipped))
+    whole = "\n\nHuman: why?\n\nAssistant: yes\n\nHuman: really?\n\nAssistant:"
+    assert [row["prompt"] for row in read] == [whole] * 2 and sum(skipped.values()) == 1
+    assert [[answer["text"] for answer in row["responses"]] for row in read] == [["yes", "no"]] * 2
+    for row in ({"prompt": "how?", "chosen": [user, yes, more, yes], "rejected": [user, yes, more, no]},
+                {"prompt": "why?", "chosen": [user, yes, more], "rejected": [user, no, more]},
+                {"chosen": [user, yes, more], "rejected": [user, no, more]}):
+        with pytest.raises(UserError, match="p.jsonl:1: .*(do not repeat the 'prompt'|should end with one message by)"):
+            list(formats.read_rated(write(tmp_path / "p.jsonl", row), "honest"))
+    with pytest.raises(UserError, match="'completion' should be one message by the assistant"):
+        list(formats.read_pairs(write(tmp_path / "p.jsonl", {"prompt": "why?", "completion": [yes, more, no]})))
+
+
+def test_chat_messages_are_learned_to_their_end(tmp_path):
+    user, yes = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "yes"}
+    rows = {"prompt": "why?", "messages": [user, yes, user, yes]}, {"messages": [user, yes]}
+    path = write(tmp_path / "m.jsonl", *rows)
+    once = "\n\nHuman: why?\n\nAssistant:"
+    assert list(formats.read_completions(path)) == [{"prompt": f"{once} yes{once}", "completion": "yes"},
+                                                    {"prompt": once, "completion": "yes"}]
+    with pytest.raises(UserError, match="m.jsonl:1: 'messages' should end with"):
+        list(formats.read_completions(write(tmp_path / "m.jsonl", {"messages": [user, yes, user]})))
+
+
 @pytest.mark.parametrize("messages", [
     [], ["hi"], [{"role": "bot", "content": "x"}], [{"role": "user"}], 5, None])
 def test_wrong_messages_are_refused(tmp_path, messages):

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -405,3 +406,33 @@ def test_there_is_nothing_to_adapt_in_a_model_from_scratch(words):
     assert train.start_from(words, "pretrain", torch.device("cpu"), Options()).config.vocab_size == 300
     with pytest.raises(UserError, match="holds no weights to adapt; leave --lora-rank out"):
         train.start_from(words, "pretrain", torch.device("cpu"), Options(lora_rank=2))
+
+
+def test_an_adapter_knows_its_base_from_another_of_the_same_name(base, tmp_path, monkeypatch):
+    folder = adapter(base, 1)
+    assert checkpoint.base_of(folder) == base
+    checkpoint.save(Llama(Config(**SIZES), 4), tmp_path / "elsewhere" / "base")
+    moved = (tmp_path / "elsewhere" / "adapter")
+    shutil.copytree(folder, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    with pytest.raises(UserError, match="elsewhere/adapter: adapts another model than the one that is now in .*base"):
+        checkpoint.load(moved, scorer=True)
+    monkeypatch.chdir(tmp_path)  # where the right one is
+    assert checkpoint.base_of(moved).resolve() == base.resolve()
+
+
+def test_a_model_in_use_is_no_folder_to_write_to(base, tmp_path):
+    folder = adapter(base, 1)
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, folder, tmp_path / "link"):
+        with pytest.raises(UserError, match="is a model to start from, or that another needs"):
+            checkpoint.check_folder(out, [folder])
+    checkpoint.check_folder(folder, [base])
+    checkpoint.check_folder(tmp_path / "new", [base, folder])
+
+
+def test_what_a_killed_save_has_left_is_removed_by_the_next(base):
+    (base / ".tmpAb12Cd").write_bytes(b"half of the weights")
+    checkpoint.save(Llama(Config(**SIZES), 3), base)
+    assert sorted(path.name for path in base.iterdir()) == ["config.json", "model.safetensors"]

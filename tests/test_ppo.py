@@ -42,7 +42,7 @@ class Table:
     """A reward for each response, by its text."""
 
     def __init__(self, rewards):
-        self.names, self.fingerprint, self.rewards = ["table"], "table", rewards
+        self.names, self.fingerprint, self.rewards = ["table"], {"table": "t"}, rewards
 
     def score(self, prompts, responses):
         return torch.tensor([[self.rewards[response] for response in responses]])
@@ -50,7 +50,7 @@ class Table:
 
 class Letters:
     """Two rewards: how many a's, how many words in all."""
-    names, fingerprint = ["a", "long"], "letters"
+    names, fingerprint = ["a", "long"], {"a": "letters", "long": "letters"}
 
     def score(self, prompts, responses):
         return torch.tensor([[response.split().count("a") for response in responses],
@@ -487,10 +487,20 @@ def test_a_file_of_weights_is_named_with_what_is_wrong_in_it(tmp_path, content, 
         ppo.read_weights([str(tmp_path / "w.json")], ["a", "b"])
 
 
+def test_weights_are_for_the_models_that_they_were_fitted_to(tmp_path):
+    (tmp_path / "w.json").write_text('{"a": 1, "b": 2, "of": {"a": "x", "b": "y"}}')
+    words, names = [str(tmp_path / "w.json")], ["b", "a"]
+    assert ppo.read_weights(words, names, {"a": "x", "b": "y"}) == [2.0, 1.0] == ppo.read_weights(words, names)
+    for other in ({"a": "x", "b": "z"}, {"a": "x", "b": None}):
+        with pytest.raises(UserError, match="w.json: was fitted to other models of b; run"):
+            ppo.read_weights(words, names, other)
+
+
 def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):
     class Scorers:
         def __init__(self, folders, device=None):
-            self.names, self.fingerprint = [folder.rsplit("/", 1)[-1] for folder in folders], len(folders)
+            self.names = [folder.rsplit("/", 1)[-1] for folder in folders]
+            self.fingerprint = {name: f"of {name}" for name in self.names}
 
         def score(self, prompts, responses):
             return torch.tensor([[float(len(name))] * len(prompts) for name in self.names])
@@ -501,5 +511,6 @@ def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):
     rewards = ppo.Together([f"{tmp_path}/bbb", "toy:toxicity", f"{tmp_path}/a", "toy:detail"])
     prompt = next(iter(toy.TASK_OF_QUESTION))
     text = f"{toy.SENTENCES['insult'][0]} {toy.SENTENCES['insult'][1]} {toy.SENTENCES['warning'][0]}"
-    assert rewards.names == ["bbb", "toxicity", "a", "detail"] and rewards.fingerprint == ["exact", 2]
+    assert rewards.names == ["bbb", "toxicity", "a", "detail"] and len(rewards.fingerprint) == 4
+    assert rewards.fingerprint["toxicity"] == "exact" and rewards.fingerprint["bbb"] == "of bbb"
     assert rewards.score([prompt], [text]).tolist() == [[3.0], [-2.0], [1.0], [1.0]]

@@ -223,6 +223,38 @@ def test_a_model_that_no_run_wrote_is_neither_finished_nor_removed(tmp_path, fla
     assert "holds a model but no metrics.jsonl, so no run made it; choose another --out" in found
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "context.json", "state.pt"])
+def test_nothing_is_removed_that_no_run_made(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for flags in ("", "resume", "overwrite", "resume overwrite"):
+        assert "no run made it" in outcome(tmp_path, SETTINGS, flags)
+
+
+@pytest.mark.parametrize("flags", ["", "resume", "overwrite", "resume overwrite"])
+def test_a_folder_of_several_parts_is_no_training_runs(tmp_path, flags):
+    with resume.whole_run(tmp_path, {"seed": 0}, "story"):
+        pass
+    assert "holds a run of several parts" in outcome(tmp_path, SETTINGS, flags)
+
+
+def test_a_run_that_ends_while_another_looks_at_it_is_not_begun_again(tmp_path, monkeypatch):
+    first, lock = Run(tmp_path, SETTINGS), resume.locked
+    steps(first, 0, 2)
+
+    def locked(path):
+        finish(first)
+        return lock(path)
+    monkeypatch.setattr(resume, "locked", locked)
+    assert Run(tmp_path, SETTINGS).finished and (tmp_path / "config.json").exists()
+
+
+def test_what_is_overwritten_need_not_be_whole(finished, tmp_path):
+    for name in ("run.json", "metrics.jsonl"):
+        (finished / name).write_bytes(b"\xff")
+        assert outcome(finished, SETTINGS, "resume overwrite") == "begin"
+        finish(Run(finished, SETTINGS))
+
+
 @pytest.mark.parametrize("flags, expected", [("", "without run.json"), ("resume", "without run.json"),
                                              ("overwrite", "begin"), ("resume overwrite", "begin")])
 def test_a_run_that_does_not_say_what_it_was_asked_for_is_not_believed(finished, flags, expected):
@@ -337,6 +369,11 @@ def test_a_part_is_kept_as_long_as_it_is_made_of_the_same(tmp_path, capsys):
     (tmp_path / "part").unlink()
     part([2, {"a": "b"}])
     assert len(made) == 3
+    resume.kept(tmp_path, "whole", [1], lambda: part([3]))  # a part in a part
+    (tmp_path / "whole").write_text("x")
+    resume.kept(tmp_path, "whole", [1], lambda: made.append("again"))
+    part([3])
+    assert len(made) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------

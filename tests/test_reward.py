@@ -345,15 +345,17 @@ def test_other_labels_or_settings_are_refused_and_trained_on_when_asked_to(label
     assert "toxicity: finished already" in said and "detail: was made with other data; made anew" in said
     again = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
     changed = {path.relative_to(labelled / "pms") for path in before if again.get(path) != before[path]}
-    assert {str(path) for path in changed} >= {"detail/model.safetensors", "detail/principle.json", "weights.json"}
+    assert {str(path) for path in changed} >= {"detail/model.safetensors", "detail/principle.json"}
     assert not any(path.parts[0] == "toxicity" for path in changed)
-    assert not (labelled / "pms" / "weights.json").exists()  # fitted to labels that are there no more
+    told = json.loads((labelled / "pms" / "weights.json").read_text())["of"]  # nobody has taken it for the new models'
+    assert told["toxicity"] == checkpoint.fingerprint(labelled / "pms" / "toxicity")
+    assert told["detail"] != checkpoint.fingerprint(labelled / "pms" / "detail")
 
 
 def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(labelled, monkeypatch, capsys):
     assert run(monkeypatch, training(labelled, "pms")) == 0
     before = {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")}
-    assert list(json.loads((labelled / "pms" / "weights.json").read_text())) == ["toxicity", "detail"]
+    assert list(json.loads((labelled / "pms" / "weights.json").read_text())) == ["toxicity", "detail", "of"]
     assert run(monkeypatch, training(labelled, "pms")) == 0
     assert "finished already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")} == before
@@ -413,13 +415,15 @@ def test_fitted_weights_are_those_the_overall_labels_were_made_with(tmp_path):
     """In units of each principle's standard deviation, which the models' raw scores are not."""
     class Scorers:
         names, std = ["a", "overall", "b"], torch.tensor([2.0, 1.0, 0.5])
+        fingerprint = {"a": "x", "overall": "y", "b": "z"}
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 4000, 2, generator=generator) * Scorers.std[:, None, None]
     margin = (scores[..., 0] - scores[..., 1]) / Scorers.std[:, None]
     p_a = torch.sigmoid(1.5 * margin[0] - 0.5 * margin[2]).tolist()
     rows = [preference("q", "x", "y", "overall", p) for p in p_a]
     reward.write_weights(tmp_path / "weights.json", Scorers, rows, scores)
-    assert json.loads((tmp_path / "weights.json").read_text()) == pytest.approx({"a": 1.5, "b": -0.5}, abs=0.02)
+    found = json.loads((tmp_path / "weights.json").read_text())
+    assert found.pop("of") == {"a": "x", "b": "z"} and found == pytest.approx({"a": 1.5, "b": -0.5}, abs=0.02)
 
 
 def test_a_text_in_several_pairs_is_scored_once():

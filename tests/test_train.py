@@ -463,7 +463,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, 
 
 def test_the_model_to_start_from_is_not_overwritten(world, monkeypatch, capsys):
     before = weights(world / "base")
-    refused(train, monkeypatch, capsys, command(world, out=world / "base"), "is the model to start from")
+    refused(train, monkeypatch, capsys, command(world, out=world / "base"), "is a model to start from")
     assert weights(world / "base") == before and not (world / "base" / "metrics.jsonl").exists()
 
 
@@ -495,3 +495,17 @@ def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     assert re.search("disk full|space", message)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == \
         ["metrics.jsonl", "run.json"] + ["tokenizer.json"] * (file == "model.safetensors")
+
+
+def test_pretrain_starts_from_scratch_only_where_there_are_no_weights(world, tmp_path, monkeypatch, capsys):
+    """Half of a download is none."""
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((world / "base" / name).read_bytes())
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "1.safetensors"}}')
+    words = command(world, "pretrain", tmp_path / "out", **{"max-steps": 1})
+    words[words.index("--model") + 1] = str(folder)
+    refused(train, monkeypatch, capsys, words, "half: shards missing: 1.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    assert run(train, monkeypatch, words) == 0
