@@ -153,7 +153,7 @@ class Run:
             print(f"{self.out}: {told}")
         self.finished = what == "finished"
         if self.finished:
-            self.path.unlink(missing_ok=True)  # of a run that was killed as it ended
+            self.forget_state()  # of a run that was killed as it ended
             return
         self.about = {**circumstances(), **(about or {}), "settings": self.settings, "code": self.code, "ended": None}
         if what == "go on":
@@ -260,10 +260,13 @@ class Run:
         for row in rows:
             last.update(row)  # each figure's last value
         write_run(self.out, {**self.about, "ended": now(), "last": last})
-        for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
-            (self.out / name).unlink(missing_ok=True)
+        self.forget_state()
         self.metrics.close()
         return rows
+
+    def forget_state(self):
+        for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
+            (self.out / name).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -87,13 +87,16 @@ def test_an_error_must_name_what_is_wrong():
     ("call", 1, "half", -9, b"old"), ("byte", 3, "", -signal.SIGXFSZ, b"old"), ("full", 3, "", 2, b"old"),
     ("byte", 7, "", 0, b"new new")])
 def test_a_run_is_ended_where_it_is_to_be(tmp_path, kind, number, when, status, left):
-    path = tmp_path / "file.txt"
+    path, aside = tmp_path / "file", tmp_path / "aside"
     path.write_bytes(b"old")
-    work = campaign.ended_at(lambda: common.write_text(path, "new new"), kind, number, when)
-    found, output = campaign.forked(work)
+
+    def work():
+        aside.write_text("new new")
+        os.replace(aside, path)
+    found, output = campaign.forked(campaign.ended_at(work, kind, number, when))
     assert found == status and path.read_bytes() == left
-    aside = {"before": 7, "half": 3}.get(when, 3 if kind == "byte" and status else None)
-    assert [file.stat().st_size for file in tmp_path.glob("*.tmp")] == ([] if aside is None else [aside])
+    size = {"before": 7, "half": 3}.get(when, 3 if status and not when else None)
+    assert [file.stat().st_size for file in tmp_path.glob("aside")] == ([] if size is None else [size])
     assert output == {0: f"calls: {int(kind == 'call')}\n"}.get(status, output) and "Traceback" not in output
 
 

@@ -199,8 +199,10 @@ def test_a_run_with_a_state_is_not_finished_even_if_its_model_is_there(stopped):
 
 
 def test_a_run_that_was_killed_as_it_removed_its_state_is_finished(finished):
-    (finished / "state.pt").write_bytes(b"of the step before the last")
-    assert Run(finished, SETTINGS, resume=True).finished and not (finished / "state.pt").exists()
+    before = contents(finished)
+    for name in ("state.pt", "state.pt.tmp"):
+        (finished / name).write_bytes(b"of the step before the last")
+    assert Run(finished, SETTINGS, resume=True).finished and contents(finished) == before
 
 
 def test_a_finished_run_whose_model_was_removed_is_made_again(finished):
