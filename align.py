@@ -27,6 +27,7 @@ import formats
 from endpoint import Endpoint, TooLong, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
+from objectives import find_objectives, row_objectives
 from report import ansi_diff
 from resume import Journal
 
@@ -157,7 +158,7 @@ def read_items(paths, objectives=None, queries=None, limit=None, skipped=None):
     answers = ((where, row, response) for path in paths
                for where, row in formats.located_rated(path, objective="chosen", queries=queries, skipped=skipped)
                for response in row["responses"] or [None])
-    items, unheeded, shared = [], 0, objectives or data.find_objectives(DEFAULT)
+    items, unheeded, shared = [], 0, objectives or find_objectives(DEFAULT)
     for index, (where, row, response) in enumerate(itertools.islice(answers, limit)):
         own = row.get("objectives")
         unheeded += bool(own and objectives)
@@ -175,7 +176,7 @@ def own_objectives(texts, where):
     try:
         if any(text.endswith(".json") for text in texts):
             raise UserError('a row names no file of objectives; write "Name: description" there')
-        return data.find_objectives(texts)
+        return find_objectives(texts)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -235,7 +236,7 @@ def interactive(aligner, wanted, template, **options):
         answer = ask("answer")
         said = ask(f"objectives, separated by ; (empty: {' '.join(wanted)})")
         try:
-            objectives = data.find_objectives([text.strip() for text in said.split(";")] if said else wanted)
+            objectives = find_objectives([text.strip() for text in said.split(";")] if said else wanted)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -252,7 +253,7 @@ def main():
     options, sampling = read_options(Options, args), read_options(Sampling, args)
     template = data.read_template(args.template) if args.template else data.TEMPLATE
     wanted = args.objectives or DEFAULT
-    objectives = data.find_objectives(wanted)
+    objectives = find_objectives(wanted)
     if args.interactive:
         interactive(Writer(args.model, args.device), wanted, template, **vars(options), **vars(sampling))
     else:
@@ -291,7 +292,7 @@ def edit_files(args, options, sampling, template, objectives):
     faults = {item["index"]: "that do not fit the policy's context" if item["original"] is None else
               "to which the policy gave an empty answer" for item in unanswered if not (item["original"] or "").strip()}
     items = [item for item in items if item["index"] not in faults]
-    todo = [{**item, "objectives": data.row_objectives(item)} for item in items if "aligned" not in item]
+    todo = [{**item, "objectives": row_objectives(item)} for item in items if "aligned" not in item]
     edits = align(aligner, todo, None, template, **vars(options), **vars(sampling))
     for row in tqdm(edits, "aligning", len(items), initial=len(items) - len(todo), unit=" answers"):
         journal.add({key: row[key] for key in ("index", "aligned", "left_as_is") if key in row})

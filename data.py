@@ -1,4 +1,4 @@
-"""Data: what answers are judged by, and the examples that an aligner learns from.
+"""Data: the examples that an aligner learns from, made of rated answers.
 
     python data.py reformulate harmless-base/train.jsonl.gz --out pairs.jsonl
     python data.py reformulate rated.jsonl --out pairs.jsonl --objectives helpful "Brevity: The answer should be short"
@@ -34,125 +34,24 @@ Rated rows are read from files of many formats (JSON Lines, a JSON list, CSV, Pa
     prompt, or query                prompts without answers; what they should come to is called golden
 """
 import bisect
-import difflib
 import functools
 import itertools
 import json
+import math
 import random
 import re
 import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-from common import UserError, check_out, cli, make_parser, number, write_jsonl
+from common import UserError, add_options, check_out, cli, make_parser, number, option, read_options, write_jsonl
 
 from tqdm import tqdm
 
 from files import field, first_and_all, read_json, records, shorten, shown
 from formats import located_rated, read_pairs
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Objectives
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a response is judged by: a name to report it under, and the text that the aligner reads."""
-    name: str
-    description: str
-
-    def __str__(self):
-        return f"{self.name}: {self.description}"
-
-
-DESCRIPTIONS = {
-    # the nine that the paper trains on: of HH-RLHF, UltraFeedback and IMHI
-    "harmless": "The response should not hurt, insult or endanger anyone, nor help somebody to do so",
-    "helpful": "The response should give the user what they need to get their task done",
-    "humour": "The response should be funny and make the user smile",
-    "instruction_following": "The response should do all that the instruction asks, in the form asked for",
-    "honest": "The response should say how sure it is and admit what it does not know",
-    "truthful": "The response should state only things that are true and agree with the given text",
-    "correct": "The response should come to the right conclusion",
-    "informative": "The response should give the evidence and the reasons for its conclusion",
-    "professional": "The response should be consistent, well grounded and worded as an expert would",
-    # the six that the paper's aligners meet only at test time
-    "specific": "The response should speak of concrete details instead of generalities",
-    "factual": "The response should rest on facts that can be checked",
-    "readable": "The response should be well ordered and easy to read",
-    "fair": "The response should treat all people and groups alike, without prejudice",
-    "repetition": "The response should say nothing twice",
-    "length": "The response should be as short as its content allows",
-    # three that HelpSteer2 rates: what it calls coherence, complexity and verbosity
-    "coherent": "The response should be clear, of one piece and nowhere at odds with itself",
-    "complex": "The response should show the knowledge and the language of somebody who is versed in the matter",
-    "verbose": "The response should go into every detail, at length",
-}
-OBJECTIVES = {name: Objective(name, description) for name, description in DESCRIPTIONS.items()}
-
-
-def plain_name(name):
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())
-
-
-def find_objectives(wanted, known=OBJECTIVES):
-    """Objectives from what a user wrote: a list in that order, each once.
-
-    wanted: texts, each a known name (case, "-", " " and "_" make no difference), "Name: description", or the path of a
-    JSON file {"name": "description", ...} or [{"name": ..., "description": ...}, ...]. Raises UserError for anything
-    else, naming the known objectives that are nearest."""
-    by_name = {plain_name(name): objective for name, objective in known.items()}
-    found = {}
-    for item in wanted:
-        if plain_name(item) in by_name:
-            new = [by_name[plain_name(item)]]
-        elif item.endswith(".json") and (":" not in item or Path(item).exists()):
-            new = read_objectives(item)
-        elif ":" in item:
-            new = [make_objective(*item.split(":", 1), where=repr(item))]
-        else:
-            raise UserError(f"unknown objective {item!r}; {nearest(item, known)}"
-                            'give a known name or "Name: what a response should do"')
-        for objective in new:
-            if found.setdefault(objective.name, objective) != objective:
-                raise UserError(f"objective {objective.name!r} has two different descriptions; leave one out")
-    return list(found.values())
-
-
-def make_objective(name, description, where):
-    if not all(isinstance(text, str) and text.strip() for text in (name, description)):
-        raise UserError(f"{where}: an objective needs a name and a description, texts that are not empty")
-    if ":" in name:
-        raise UserError(f"{where}: the name {shown(name)} holds a colon, which ends a name; leave it out")
-    return Objective(name.strip(), description.strip())
-
-
-def read_objectives(path):
-    content = read_json(path)
-    if isinstance(content, dict):
-        content = [{"name": name, "description": description} for name, description in content.items()]
-    if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
-        raise UserError(f'{path}: not objectives; write {{"name": "description", ...}} into it')
-    return [make_objective(item.get("name"), item.get("description"), f"{path}: objective {place}")
-            for place, item in enumerate(content, 1)]
-
-
-def nearest(name, known):
-    by_name = {plain_name(key): key for key in known}
-    close = difflib.get_close_matches(plain_name(name), by_name, n=3, cutoff=0.5)
-    return f"the nearest known: {', '.join(by_name[key] for key in close)}; " if close else ""
-
-
-def row_objectives(row):
-    """The objectives for which a row was aligned, each once."""
-    found = {}
-    for text in row["objectives"]:
-        name, _, description = text.partition(": ")
-        found.setdefault(name, Objective(name, description))
-    return list(found.values())
+from objectives import OBJECTIVES, find_objectives, nearest
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -208,40 +107,99 @@ def compare(first, second, margin=0.0):
     return better, worse, equal
 
 
-def reformulate(rated, objectives, seed=0, margin=0.0, template=TEMPLATE, skipped=None):
+@dataclass
+class Pairing:
+    """Which edits become examples, and what their prompts name. The defaults are the paper's."""
+    margin: float = option(0.0, "a score is better if it is higher by more", 0)
+    dominance: bool = option(False, "leave out edits that make any objective worse")
+    subset: float = option(0.0, "chance that a prompt names only some of what improves", 0, 1)
+    best: float = option(0.0, "chance that a prompt also names some of what cannot improve", 0, 1)
+    keep: float = option(0.0, "share of edits that have nothing to do: asked for what cannot improve, the answer stays "
+                         "as it is", 0, 0.99)
+    seed: int = option(0, "of the order of the objectives in each prompt, and of all that is drawn", -2**62, 2**62)
+
+
+def reformulate(rated, objectives, pairing=Pairing(), template=TEMPLATE, skipped=None, ceiling=None):
     """Yield the examples of rated rows (MetaAligner's dynamic objectives reformulation), the same for a seed.
 
     For each two responses to a prompt, up to three: the second edited into the first, prompted with all the objectives
     on which the first is better; the first edited into the second, with all those on which the second is better; and
-    the second edited into the first, to stay equal on those on which they are.
+    the second edited into the first, to stay equal on those on which they are. Pairing changes this. An objective that
+    has several wordings is asked for in one of them.
     rated: rows as read_rated yields them. objectives: Objectives, a list or a dict by name; scores on others do not
-        count. margin: a score is better if it is higher by more than this.
+        count. ceiling: {name: the score that cannot improve} (default: the highest of the row's answers).
     skipped: a Counter, told of what was left out: examples with an empty target, "better" ones whose two answers are
-        the same text, and rows that give none.
-    Yields {"prompt", "completion", "objectives": [names], "relation": "better" or "equal", "context" and "answer":
-        [start, end] of the row's prompt and of the edited answer in the prompt}."""
+        the same text, edits that make another objective worse, and rows that give none.
+    Yields {"prompt", "completion", "objectives": [names], "relation": "better", "equal" or "keep", "context" and
+        "answer": [start, end] of the row's prompt and of the edited answer in the prompt}."""
     values = objectives.values() if isinstance(objectives, dict) else objectives
     by_name = {objective.name: objective for objective in values}
     skipped = Counter() if skipped is None else skipped
-    generator = random.Random(seed)
+    generator = random.Random(pairing.seed)
     for row in rated:
         answers, compared = [(response["text"], scores_on(by_name, response)) for response in row["responses"]], False
-        for (first, first_scores), (second, second_scores) in itertools.combinations(answers, 2):
-            better, worse, equal = compare(first_scores, second_scores, margin)
-            compared = compared or bool(better or worse or equal)
-            directions = [(second, first, better, "better"), (first, second, worse, "better"),
-                          (second, first, equal, "equal")]
-            for source, target, names, relation in directions:
-                if names and not target.strip():
-                    skipped["the target is empty"] += 1
-                elif names and relation == "better" and source == target:
-                    skipped["the better and the worse answer are the same"] += 1
-                elif names:
+        for first, second in itertools.combinations(answers, 2):
+            for source, target, names, relation in edits(first, second, ceiling or highest(answers), pairing, generator,
+                                                         skipped):
+                compared = True
+                if names:
                     generator.shuffle(names)
-                    told = [by_name[name] for name in names]
+                    told = [by_name[name].worded(generator) for name in names]
                     yield make_example(row["prompt"], source, target, told, relation, template)
         if not compared:
             skipped["no two answers to the prompt are scored on one objective asked for"] += 1
+
+
+def edits(first, second, ceiling, pairing, generator, skipped):
+    """Yield what is to be learned of two answers (text, scores): (source, target, names, relation)."""
+    better, worse, equal = compare(first[1], second[1], pairing.margin)
+    for (source, _), (target, scores), names, others in ((second, first, better, worse),
+                                                         (first, second, worse, better)):
+        if reason := names and why_not(source, target, others if pairing.dominance else []):
+            skipped[reason] += 1
+            yield source, target, [], "better"
+        elif names:
+            full = [name for name in scores if scores[name] >= ceiling.get(name, math.inf)]
+            yield source, target, named(names, full, pairing, generator), "better"
+            if pairing.keep and full and generator.random() < pairing.keep / (1 - pairing.keep):
+                yield target, target, some(full, generator), "keep"
+    if equal and not first[0].strip():
+        skipped["the target is empty"] += 1
+    if equal:
+        yield second[0], first[0], equal if first[0].strip() else [], "equal"
+
+
+def highest(answers):
+    """{name: the highest score} that any of answers [(text, scores)] has."""
+    found = {}
+    for _, scores in answers:
+        for name, score in scores.items():
+            found[name] = max(score, found.get(name, score))
+    return found
+
+
+def why_not(source, target, worse):
+    """Why an edit that improves something, and makes `worse` worse, is left out; "" if it is not."""
+    if not target.strip():
+        return "the target is empty"
+    if source == target:
+        return "the better and the worse answer are the same"
+    return "the edit makes another objective worse" if worse else ""
+
+
+def named(names, full, pairing, generator):
+    """What a prompt names, of `names`, which improve, and of `full`, which cannot."""
+    others = [name for name in full if name not in names]
+    if pairing.subset and generator.random() < pairing.subset:
+        names = some(names, generator)
+    if pairing.best and others and generator.random() < pairing.best:
+        names = names + some(others, generator)
+    return names
+
+
+def some(names, generator):
+    """A random part of a list, at least one of it."""
+    return generator.sample(names, generator.randint(1, len(names)))
 
 
 def scores_on(names, response):
@@ -251,8 +209,9 @@ def scores_on(names, response):
 
 
 def make_example(prompt, source, target, objectives, relation, template):
-    text, context = aligner_prompt(prompt, source, objectives, relation, template)
-    begin = context[1] + len(split_template(template[relation])[2])
+    asked = "equal" if relation == "equal" else "better"
+    text, context = aligner_prompt(prompt, source, objectives, asked, template)
+    begin = context[1] + len(split_template(template[asked])[2])
     return {"prompt": text, "completion": target, "objectives": [objective.name for objective in objectives],
             "relation": relation, "context": context, "answer": [begin, begin + len(source)]}
 
@@ -368,9 +327,9 @@ def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):
 # The command line
 
 
-def run_reformulate(files, out, objectives=None, objective=None, queries=None, margin=0.0, seed=0, template=None):
+def run_reformulate(files, out, objectives, objective, queries, template, pairing):
     """Rated files in, one file of examples out, and a table of what it has."""
-    check_out(out, files)
+    check_out(out, [*files, queries, template, *(objectives or ())])
     pairs_on = find_objectives([objective] if objective else [])
     wanted = find_objectives(objectives) if objectives else [*OBJECTIVES.values(), *pairs_on]
     known = {objective.name: objective for objective in wanted}
@@ -392,7 +351,7 @@ def run_reformulate(files, out, objectives=None, objective=None, queries=None, m
 
     def examples():
         bar = tqdm(rated(), desc="reformulate", unit=" rows", disable=None)
-        for example in reformulate(bar, wanted, seed, margin, template, skipped):
+        for example in reformulate(bar, wanted, pairing, template, skipped):
             made[example["relation"], len(example["objectives"])] += 1
             yield example
         if not made:
@@ -407,7 +366,7 @@ def run_reformulate(files, out, objectives=None, objective=None, queries=None, m
 def print_counts(made, skipped):
     sizes = sorted({size for _, size in made})
     print(" " * 8 + "".join(f"{size:>11}" for size in [*sizes, "all"]))
-    for relation in TEMPLATE:
+    for relation in [*TEMPLATE, *(["keep"] if any(relation == "keep" for relation, _ in made) else [])]:
         counts = [made[relation, size] for size in sizes]
         print(f"{relation:8}" + "".join(f"{count:>11,}" for count in [*counts, sum(counts)]))
     for reason, count in skipped.items():
@@ -438,7 +397,7 @@ def printable(value, limit=2000):
 
 def main():
     parser = make_parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("reformulate", help="make examples of rated answers",
                                   description="Make prompt/completion examples of rated answers.")
@@ -450,19 +409,20 @@ def main():
     add("--objective", metavar="O",
         help="what `chosen` is better at (KTO, Auto-J: what `label` tells), if the path does not say it")
     add("--queries", metavar="FILE", help="CSV with the column `query`, for outputs that have none")
-    add("--margin", type=number(float, 0), default=0.0, help="a score is better if it is higher by more (default: 0)")
-    add("--seed", type=int, default=0, help="for the order of the objectives in each prompt (default: 0)")
     add("--template", metavar="FILE",
         help='JSON {"better": text, "equal": text}, each text with {objectives}, {prompt}, {answer}')
-    command.set_defaults(run=run_reformulate)
+    add_options(command, Pairing)
 
     command = commands.add_parser("show", help="print a few records of any file")
     command.add_argument("file", metavar="FILE")
     command.add_argument("-n", "--number", dest="count", type=number(int, 0), default=3, help="how many (default: 3)")
-    command.set_defaults(run=run_show)
 
-    args = vars(parser.parse_args())
-    args.pop("run")(**args)
+    args = parser.parse_args()
+    if args.command == "show":
+        run_show(args.file, args.count)
+    else:
+        run_reformulate(args.files, args.out, args.objectives, args.objective, args.queries, args.template,
+                        read_options(Pairing, args))
 
 
 if __name__ == "__main__":

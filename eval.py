@@ -22,9 +22,9 @@ import numpy
 from tqdm import tqdm
 
 import toy
-from data import OBJECTIVES, find_objectives, row_objectives
 from endpoint import Endpoint, TooLong, in_parallel, reply_text
 from formats import read_aligned
+from objectives import OBJECTIVES, find_objectives, row_objectives
 from report import pick_examples, print_table, write_report
 
 # ----------------------------------------------------------------------------------------------------------------

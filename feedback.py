@@ -29,8 +29,8 @@ import checkpoint
 import formats
 import toy
 from align import is_url, policy_answers
-from data import Objective, find_objectives
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
+from objectives import Objective, find_objectives
 from resume import Journal
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -305,9 +305,9 @@ JOINED = (from_kto, from_helpsteer, from_judged)  # of which several rows may be
 
 def read_pairs(path, relation=None, skipped=None, source=None):
     """Yield examples {"prompt", "completion", ...} of a file by reformulate, or any in that form of TRL's; other keys
-    are kept. relation: yield only those with this "relation", "better" or "equal". skipped: a Counter, told how many
-    were left out: those that KTO labels false, and those without a relation. source: the file's records, if they are
-    being read already. Raises UserError, with file and line."""
+    are kept. relation: yield only those with this "relation": "equal", or "better", which "keep" is read with. skipped:
+    a Counter, told how many were left out: those that KTO labels false, and those without a relation. source: the
+    file's records, if they are being read already. Raises UserError, with file and line."""
     skipped = Counter() if skipped is None else skipped
     _, source = first_and_all(source or records(path), path)
     for where, row in source:
@@ -323,9 +323,10 @@ def read_pairs(path, relation=None, skipped=None, source=None):
             span = field(row, key, where, list)
             if [type(place) for place in span] != [int, int] or not 0 <= span[0] <= span[1] <= len(prompt):
                 raise UserError(f"{where}: {key!r} should be [start, end] in the prompt; mend or remove it")
-        if row.get("relation") not in (None, "better", "equal"):
-            raise UserError(f"{where}: 'relation' is {shown(row['relation'])}, not 'better' or 'equal'; mend the row")
-        if relation in (None, row.get("relation")):
+        found = row.get("relation")
+        if found not in (None, "better", "equal", "keep"):
+            raise UserError(f"{where}: 'relation' is {shown(found)}, not 'better', 'equal' or 'keep'; mend the row")
+        if relation in (None, found) or (relation, found) == ("better", "keep"):
             yield {**row, "prompt": prompt, "completion": completion}
         elif "relation" not in row:
             skipped["no 'relation' says whether the completion is better than the answer or equal"] += 1

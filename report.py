@@ -8,7 +8,7 @@ import re
 import numpy
 
 from common import write_text
-from data import row_objectives
+from objectives import row_objectives
 
 # ----------------------------------------------------------------------------------------------------------------
 # Texts of others, to be shown

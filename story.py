@@ -86,7 +86,8 @@ def write_pairs(out, topics, seed):
     objectives = [toy.OBJECTIVES[name] for name in names]
     needed = round(max(STEPS.values()) * ALIGNER.batch / 9) + 300  # a question gives a dozen "better" pairs
     write_jsonl(out / "rated.jsonl", toy.rated(needed, seed + 1, topics))
-    write_jsonl(out / "pairs.jsonl", data.reformulate(formats.read_rated(out / "rated.jsonl"), objectives, seed))
+    write_jsonl(out / "pairs.jsonl", data.reformulate(formats.read_rated(out / "rated.jsonl"), objectives,
+                                                    data.Pairing(seed=seed)))
     return out / "pairs.jsonl"
 
 

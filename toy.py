@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common import UserError, cli, write_jsonl
-from data import Objective, nearest, plain_name
+from objectives import Objective, nearest, plain_name
 
 # ----------------------------------------------------------------------------------------------------------------
 # What can be said. A line is "task | right steps in order || wrong steps".

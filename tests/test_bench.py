@@ -329,7 +329,7 @@ def test_prompts_are_spread_over_the_answers(tmp_path, aligner):
     answers = write(tmp_path / "answers.jsonl", *rows)
     texts = [writer.tokenizer.decode(ids) for ids in bench.answer_prompts(writer, answers, 2)]
     assert ["Answer 0." in texts[0], "Answer 4." in texts[1], len(texts)] == [True, True, 2], "1, 3, ... do not fit"
-    assert all(data.DESCRIPTIONS[name] in text for name in ("harmless", "helpful") for text in texts)
+    assert all(data.OBJECTIVES[name].description in text for name in ("harmless", "helpful") for text in texts)
     with pytest.raises(bench.UserError, match="no answer that fits"):
         bench.answer_prompts(writer, write(tmp_path / "long.jsonl", rows[1]), 2)
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import data
 import formats
 from common import UserError
-from data import Objective
+from objectives import Objective
 
 SCRIPT = Path(data.__file__)
 
@@ -37,14 +37,16 @@ def edited(example):
 # Objectives
 
 
-def test_eighteen_objectives_ship_with_one_sentence_each():
+def test_eighteen_objectives_ship_with_a_sentence_and_other_wordings_each():
     assert set(data.OBJECTIVES) == set(
         "harmless helpful humour instruction_following honest truthful correct informative professional "
         "specific factual readable fair repetition length coherent complex verbose".split())
     for name, objective in data.OBJECTIVES.items():
         assert objective.name == name and str(objective) == f"{name}: {objective.description}"
         assert objective.description.startswith("The response should ") and "." not in objective.description
-    assert len({objective.description for objective in data.OBJECTIVES.values()}) == 18
+        assert len(objective.wordings) >= 3
+    texts = [text for objective in data.OBJECTIVES.values() for text in (objective.description, *objective.wordings)]
+    assert len(set(texts)) == len(texts) and not any(text != text.strip() or "|" in text for text in texts)
 
 
 def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path):
@@ -59,6 +61,10 @@ def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path)
                                                     Objective("harmless", "Harm: none")]
     own = {"Mention Garlic": Objective("Mention Garlic", "mention garlic")}
     assert data.find_objectives(["mention_garlic"], known=own) == list(own.values())
+    (tmp_path / "c.json").write_text('{"brief": ["be brief", "few words"], "calm": "be calm | no shouting"}')
+    assert data.find_objectives(["Brevity: be short | few words |  in a word ", str(tmp_path / "c.json")]) == [
+        Objective("Brevity", "be short", ("few words", "in a word")), Objective("brief", "be brief", ("few words",)),
+        Objective("calm", "be calm", ("no shouting",))]
     assert data.find_objectives(["Format: as in package.json"]) == [Objective("Format", "as in package.json")]
 
 
@@ -75,8 +81,9 @@ def test_unknown_objectives_name_the_nearest_known(wanted, message):
         data.find_objectives(wanted)
 
 
-@pytest.mark.parametrize("content", ["[1]", '"text"', '{"a": 1}', '[{"name": "a"}]', "{", '{"a": " "}', "[]", "{}",
-                                     '{"a: b": "c"}'])
+@pytest.mark.parametrize("content", [
+    "[1]", '"text"', '{"a": 1}', '[{"name": "a"}]', "{", '{"a": " "}', "[]", "{}", '{"a": []}', '{"a": ["b", ""]}',
+    '{"a": {"b": "c"}}', '{"a": "b | "}', '{"a: b": "c"}'])
 def test_objective_files_of_another_shape_are_refused(tmp_path, content):
     (tmp_path / "o.json").write_text(content)
     with pytest.raises(UserError, match="o.json"):
@@ -140,7 +147,7 @@ def test_against_brute_force_on_random_ratings(margin):
             if i < j and equal:
                 expected[row["prompt"], answers[j]["text"], answers[i]["text"], equal, "equal"] += 1
     made = Counter()
-    for row in data.reformulate(iter(rated), {o.name: o for o in (A, B, C, D)}, seed=3, margin=margin):
+    for row in data.reformulate(iter(rated), {o.name: o for o in (A, B, C, D)}, data.Pairing(seed=3, margin=margin)):
         question = row["prompt"][slice(*row["context"])]
         made[question, edited(row), row["completion"], frozenset(row["objectives"]), row["relation"]] += 1
         told = "; ".join(f"The response should be {name}" for name in row["objectives"])
@@ -150,7 +157,7 @@ def test_against_brute_force_on_random_ratings(margin):
 
 def test_the_seed_decides_the_order_of_objectives_and_nothing_else():
     def make(seed):
-        return list(data.reformulate(random_rated(random.Random(0)), [A, B, C, D], seed=seed))
+        return list(data.reformulate(random_rated(random.Random(0)), [A, B, C, D], data.Pairing(seed=seed)))
     assert make(5) == make(5)
     assert make(5) != make(6)
     assert [sorted(row["objectives"]) for row in make(5)] == [sorted(row["objectives"]) for row in make(6)]
@@ -158,6 +165,84 @@ def test_the_seed_decides_the_order_of_objectives_and_nothing_else():
     rated = [{"prompt": "q", "responses": answers}] * 600
     orders = Counter("".join(row["objectives"]) for row in data.reformulate(rated, [A, B, C]))
     assert len(orders) == 6 and min(orders.values()) > 60  # 100 each are expected
+
+
+def paired(**options):
+    """What reformulate makes of random ratings, and {(question, text): scores on a, b, c, d}."""
+    rated = list(random_rated(random.Random(7), 400))
+    scores = {(row["prompt"], answer["text"]): {name: score for name, score in answer["scores"].items()
+                                                if name in "abcd" and score is not None}
+              for row in rated for answer in row["responses"]}
+    skipped = Counter()
+    rows = list(data.reformulate(rated, [A, B, C, D], data.Pairing(**options), skipped=skipped))
+    for row in rows:
+        question = row["prompt"][slice(*row["context"])]
+        row["before"], row["after"] = scores[question, edited(row)], scores[question, row["completion"]]
+        row["most"] = {name: max(found.get(name, -1) for (asked, _), found in scores.items() if asked == question)
+                       for name in "abcd"}
+        row["gains"] = {name for name in row["after"] if row["before"].get(name, 9) < row["after"][name]}
+    return *([row for row in rows if row["relation"] == name] for name in ("better", "equal", "keep")), skipped
+
+
+def test_dominance_leaves_out_what_makes_anything_worse_and_nothing_else():
+    plain, equal, _, _ = paired()
+    better, same_equal, kept, skipped = paired(dominance=True)
+    assert not kept and len(equal) == len(same_equal)
+    assert all(row["after"][name] >= row["before"][name] for row in better for name in row["before"].keys()
+               & row["after"].keys())
+    assert all(set(row["objectives"]) == row["gains"] for row in better) and len(better) > 100
+    assert len(plain) - len(better) == skipped["the edit makes another objective worse"] > 100
+
+
+def test_a_subset_names_some_of_what_improves_and_each_part_of_it_at_some_time():
+    for share, most in ((1.0, 0.6), (0.5, 0.8)):
+        better, *_ = paired(subset=share)
+        several = [row for row in better if len(row["gains"]) == 2]
+        assert all(set() < set(row["objectives"]) <= row["gains"] for row in better)
+        whole = sum(set(row["objectives"]) == row["gains"] for row in several) / len(several)
+        assert most - 0.2 < whole < most + 0.05  # of two, half of the draws take both
+    assert all(set(row["objectives"]) == row["gains"] for row in paired()[0])
+
+
+def test_what_cannot_improve_is_named_beside_what_does():
+    better, *_ = paired(best=1.0)
+    added = [row for row in better if set(row["objectives"]) - row["gains"]]
+    for row in better:
+        others = set(row["objectives"]) - row["gains"]
+        can = {name for name in row["after"] if row["after"][name] == row["most"][name]} - row["gains"]
+        assert row["gains"] <= set(row["objectives"]) and others <= can and bool(others) == bool(can)
+    assert len(added) > 100 and len(paired(best=0.5)[0]) == len(better)
+    assert 0.3 < sum(bool(set(row["objectives"]) - row["gains"]) for row in paired(best=0.5)[0]) / len(added) < 0.7
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_where_nothing_is_to_be_done_the_answer_stays_as_it_is(share):
+    better, _, kept, _ = paired(keep=share)
+    assert all(edited(row) == row["completion"] and row["prompt"].startswith("Improve") for row in kept)
+    assert all(row["after"][name] == row["most"][name] for row in kept for name in row["objectives"])
+    could = [row for row in better if any(row["after"][name] == row["most"][name] for name in row["after"])]
+    assert len(kept) / len(could) == pytest.approx(share / (1 - share), rel=0.15 if share < 0.5 else 0.01)
+    assert {len(row["objectives"]) for row in kept} >= {1, 2, 3}
+
+
+def test_a_ceiling_says_what_cannot_improve():
+    rated = [{"prompt": "q", "responses": [response("one", a=1, b=3), response("two", a=0, b=2)]}] * 50
+    def named(ceiling):
+        made = data.reformulate(rated, [A, B], data.Pairing(keep=0.5), ceiling=ceiling)
+        return {tuple(sorted(row["objectives"])) for row in made if row["relation"] == "keep"}
+    assert named(None) == {("a",), ("b",), ("a", "b")}
+    assert named({"a": 1, "b": 5}) == {("a",)} and named({"a": 2, "b": 5}) == set() == named({"c": 0})
+
+
+def test_an_objective_of_several_wordings_is_asked_for_in_each_of_them():
+    many = Objective("a", "be a", ("more of a", "A!"))
+    rated = [{"prompt": "q", "responses": [response("one", a=1, b=1), response("two", a=0, b=0)]}] * 600
+    rows = list(data.reformulate(rated, [many, B], template=PLAIN))
+    told = Counter(text for row in rows for text in row["prompt"].split("|")[1].split("; "))
+    assert told.keys() == {"be a", "more of a", "A!", B.description} and told[B.description] == 600
+    assert all(150 < told[text] < 250 for text in ("be a", "more of a", "A!"))  # 200 are expected
+    assert all(sorted(row["objectives"]) == ["a", "b"] for row in rows)
+    assert rows == list(data.reformulate(rated, [many, B], template=PLAIN))
 
 
 def test_reformulation_streams():
@@ -372,7 +457,7 @@ def test_reformulate_and_show(tmp_path):
     table = [row.split() for row in result.stdout.splitlines()[1:]]
     assert table == [["2", "all"], ["better", "4", "4"], ["equal", "0", "0"]]
     objectives = [data.OBJECTIVES["helpful"], data.OBJECTIVES["honest"]]
-    assert list(formats.read_pairs(out)) == list(data.reformulate([RATED] * 4, objectives, seed=7))
+    assert list(formats.read_pairs(out)) == list(data.reformulate([RATED] * 4, objectives, data.Pairing(seed=7)))
     pairs = write(tmp_path / "p.jsonl", {"prompt": "why?", "chosen": "a", "rejected": "b"})
     for file, words in ((path, ["why?", "helpful 2", "no"]), (out, ["Improve", "completion"]),
                         (pairs, ["1: chosen 1\na", "2: chosen 0\nb"])):

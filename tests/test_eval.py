@@ -19,7 +19,7 @@ import conftest
 import eval as evaluation
 import test_endpoint
 import toy
-from data import Objective
+from objectives import Objective
 from eval import endpoint_judge, evaluate, exact_judge, mean_and_interval, read_verdict
 from report import policy_chart, table_text
 from test_endpoint import client

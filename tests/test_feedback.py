@@ -26,7 +26,7 @@ import sick_server
 import test_endpoint
 import toy
 from common import locked, write_jsonl
-from data import Objective
+from objectives import Objective
 from endpoint import Endpoint
 
 ROOT = Path(__file__).parents[1]

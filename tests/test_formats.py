@@ -12,6 +12,7 @@ import data
 import formats
 import train
 from common import UserError
+from objectives import Objective, row_objectives
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_any_odd_value_anywhere_is_read_or_refused_in_a_line(tmp_path, capsys):
             {"prompt": "p", "reference": "r", "responses": {"m": {"text": "t", "gpt4_preference_over_reference": 0.5}}}]
     readers = [lambda path: list(formats.read_rated(path, "fair")), lambda path: list(formats.read_completions(path)),
                lambda path: list(formats.read_pairs(path)), lambda path: list(formats.read_texts(path)),
-               lambda path: list(map(data.row_objectives, formats.read_aligned(path))),
+               lambda path: list(map(row_objectives, formats.read_aligned(path))),
                lambda path: list(formats.read_preferences(path)), lambda path: data.run_show(path)]
     draw, refusals, path = random.Random(0), 0, tmp_path / "r.jsonl"
 
@@ -369,7 +370,7 @@ def test_pairs_texts_and_completions(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "p", "completion": "c", "relation": "beter"}, "'relation' is 'beter', not 'better' or 'equal'"),
+    ({"prompt": "p", "completion": "c", "relation": "beter"}, "'relation' is 'beter', not 'better', 'equal' or 'keep'"),
     ({"prompt": "p", "completion": "c", "relation": ["equal"]}, "'relation' is a list"),
     ({"prompt": "p", "completion": "c", "label": "false"}, "'label' should be true or false"),
     ({"chosen": "a", "rejected": "b"}, "reformulate"), ({"prompt": "p", "completion": 1}, "'completion'"),
@@ -391,7 +392,7 @@ def test_what_align_writes_is_read_from_json_lines_and_csv(tmp_path):
     assert formats.read_aligned(path) == [row, {**row, "golden": None}]
     path = write(tmp_path / "b.jsonl", {**row, "golden": None}, {**row, "golden": ""})
     assert [row["golden"] for row in formats.read_aligned(path)] == [None, ""]
-    assert data.row_objectives(row) == [data.Objective("x", "be x"), data.Objective("y", "be y")]
+    assert row_objectives(row) == [Objective("x", "be x"), Objective("y", "be y")]
 
 
 @pytest.mark.parametrize("change, said", [

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from data import Objective
+from objectives import Objective
 from eval import evaluate, exact_judge, exact_room
 from report import (CHART_STYLE, DARK, LIGHT, STYLE, ansi_diff, bar_chart, pick_examples, print_table, table_text,
                     visible, word_diff, write_report, write_svg)

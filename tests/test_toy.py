@@ -8,6 +8,7 @@ import data
 import toy
 from common import UserError
 from endpoint import Endpoint
+from objectives import Objective
 
 TEA = "\n\nHuman: How do I brew a pot of tea?\n\nAssistant:"
 
@@ -69,14 +70,14 @@ def test_the_question_is_the_last_one():
     ("topic: Avoid penguins", "avoid_penguins"), ("whole: every sentence makes sense", "intact"),
     ("avoid_owls: mention owls", "avoid_owls"), ("overall: x", "overall"), ("toxicity: tell a joke", "toxicity")])
 def test_objectives_are_known_by_name_or_else_by_description(text, name):
-    objective = data.Objective(*text.split(": "))
+    objective = Objective(*text.split(": "))
     assert toy.name_of(objective) == ("mention_penguins" if name == text else name)
     toy.score(toy.name_of(objective), TEA, "Boil fresh water.")
 
 
 def test_an_objective_of_another_world_is_named_with_the_nearest():
     with pytest.raises(UserError, match="cannot judge 'Harmles'; the nearest known: harmless, .*; it knows .*-url"):
-        toy.name_of(data.Objective("Harmles", "contain no insults at all"))
+        toy.name_of(Objective("Harmles", "contain no insults at all"))
 
 
 def test_best_is_reached_by_a_perfect_answer_and_never_passed():
