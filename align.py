@@ -27,7 +27,7 @@ import formats
 from endpoint import Endpoint, TooLong, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
-from objectives import find_objectives, row_objectives
+from objectives import OBJECTIVES, find_objectives, row_objectives
 from report import ansi_diff
 from resume import Journal
 
@@ -171,12 +171,22 @@ def read_items(paths, objectives=None, queries=None, limit=None, skipped=None):
     return items
 
 
+def asked_for(texts):
+    """The Objectives in texts, as find_objectives takes them. UserError for one in several wordings of the user's own:
+    an edit is asked for in one."""
+    found = find_objectives(texts)
+    for objective in found:
+        if objective.wordings and objective != OBJECTIVES.get(objective.name):
+            raise UserError(f"objective {objective.name!r} has several wordings, with ' | ' between them; give one")
+    return found
+
+
 def own_objectives(texts, where):
     """The Objectives that a row names, in texts as on the command line, but for files. Raises UserError."""
     try:
         if any(text.endswith(".json") for text in texts):
             raise UserError('a row names no file of objectives; write "Name: description" there')
-        return find_objectives(texts)
+        return asked_for(texts)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -236,7 +246,7 @@ def interactive(aligner, wanted, template, **options):
         answer = ask("answer")
         said = ask(f"objectives, separated by ; (empty: {' '.join(wanted)})")
         try:
-            objectives = find_objectives([text.strip() for text in said.split(";")] if said else wanted)
+            objectives = asked_for([text.strip() for text in said.split(";")] if said else wanted)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -253,7 +263,7 @@ def main():
     options, sampling = read_options(Options, args), read_options(Sampling, args)
     template = data.read_template(args.template) if args.template else data.TEMPLATE
     wanted = args.objectives or DEFAULT
-    objectives = find_objectives(wanted)
+    objectives = asked_for(wanted)
     if args.interactive:
         interactive(Writer(args.model, args.device), wanted, template, **vars(options), **vars(sampling))
     else:

@@ -256,10 +256,18 @@ def test_a_rows_wrong_objectives_are_said_with_their_place(world, tmp_path, monk
 
 
 def test_a_csv_file_is_refused_where_its_objectives_could_not_be_told_apart(world, tmp_path, monkeypatch, capsys):
-    for objectives in (["a: yes | no"], ["a: b |", "c: d"]):
-        words = command(world, tmp_path / "out.csv", objectives=objectives)
-        refused(align, monkeypatch, capsys, words, "give --out FILE.jsonl")
+    words = command(world, tmp_path / "out.csv", objectives=["a: b |", "c: d"])
+    refused(align, monkeypatch, capsys, words, "give --out FILE.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_edit_is_asked_for_in_one_wording(world, tmp_path, monkeypatch, capsys):
+    refused(align, monkeypatch, capsys, command(world, tmp_path / "o.jsonl", objectives=["a: yes | no"]), "give one")
+    rows = [{**row, "objectives": ["harmless", "a: yes | no"]} for row in read(world / "answers.jsonl")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = command(world, tmp_path / "o.jsonl", objectives=[], source=tmp_path / "rows.jsonl")
+    refused(align, monkeypatch, capsys, words, "rows.jsonl:1: objective 'a' has several wordings")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_half_a_surrogate_pair_among_the_objectives(world, tmp_path, monkeypatch):
