@@ -222,7 +222,7 @@ def arguments(argv=None):
     add("--policy-model", default="default", metavar="NAME", help="the model's name on that server")
     add("--queries", metavar="FILE", help="file with the queries, for outputs that lack them")
     add("--template", metavar="FILE", help="JSON with the prompt template that the aligner was trained with")
-    add("--limit", type=number(int, 1), metavar="N", help="only the first N rows")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N answers, or prompts")
     add_options(parser, Options)
     add_options(parser, Sampling)
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
