@@ -110,11 +110,15 @@ def test_the_story_from_end_to_end(short, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_story_told_again_trains_only_what_would_be_another_model(short, tmp_path, capsys, monkeypatch):
-    def trained():
-        story.story(tmp_path, 0, torch.device("cpu"))
+    def trained():  # the story up to its answers
+        device, foundation = torch.device("cpu"), tmp_path / "foundation"
+        texts = story.pretrain(tmp_path, 0, device)
+        story.train_policies(tmp_path, foundation, 0, device)
+        story.train_aligner(tmp_path / "aligner", foundation, pairs, texts, 0, device)
         said = capsys.readouterr().out
         return {name for name in PARTS if f"{tmp_path / name}: finished already" not in said}, said
     PARTS = ["words", "foundation", "small", "large", "aligner"]
+    pairs = story.write_pairs(tmp_path, toy.TRAINED_TOPICS[:20], 0)
     assert trained()[0] == set(PARTS) and trained()[0] == set()
     monkeypatch.setattr(toy, "answer", lambda *args, answer=toy.answer: answer(*args) + " Indeed.")  # the data changes
     again, said = trained()
