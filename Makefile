@@ -51,7 +51,7 @@ bench: setup  ## how fast it is here, in short; PEER=python times transformers a
 test: setup  ## all tests
 	$(PY) -m pytest -q
 
-quick: setup  ## the tests that take a minute
+quick: setup  ## the tests that take three minutes
 	$(PY) -m pytest -q -m "not slow"
 
 campaign: setup  ## kills, damaged files, sick servers and full disks by the thousand: what survives them; 12 minutes
