@@ -9,11 +9,13 @@ OBJECTIVES ?=
 POLICY     ?=
 # Not empty: begin again where the folder holds another run.
 OVERWRITE  ?=
+# More options for ablate.py.
+ARGS       ?=
 # A Python that has transformers, datasets and trl, to be timed beside ours.
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif test quick campaign lint align eval bench clean clean-runs
+.PHONY: help setup train morlaif play ablate test quick campaign lint align eval bench clean clean-runs
 
 help:   ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -37,6 +39,12 @@ endif
 
 morlaif: setup  ## MORLAIF on the embedded world, with its paper's figures; QUICK=1: one seed, fewer scalarizations
 	$(PY) morlaif.py $(if $(QUICK),--quick)
+
+play: setup  ## your own wishes, edited by the aligner of `make train`, and what came of them; POLICY=toxic and others
+	$(PY) play.py --run $(OUT) $(if $(POLICY),--policy $(POLICY))
+
+ablate: setup  ## what following anybody's words takes, and what it costs: hours; goes on after a kill; ARGS="--seeds 0"
+	$(PY) ablate.py $(ARGS)
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
 	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \

@@ -335,8 +335,8 @@ def training_batches(tokenizer, pairs, steps):
     if pairs:
         rows = formats.read_completions(pairs)
     else:
-        texts = toy.pretraining_texts(20 * wanted, 0)
-        rows = ({"prompt": "", "completion": "\n\n".join(four)} for four in zip(*[texts] * 4))
+        texts = toy.pretraining_texts(80 * wanted, 0)
+        rows = ({"prompt": "", "completion": "\n\n".join(some)} for some in zip(*[texts] * 16))
     config = Config(**SIZE)
     examples, _ = data.encode_examples(tokenizer, itertools.islice(rows, 5 * wanted), config.bos_token_id,
                                        config.eos_token_id, MAX_TOKENS)

@@ -5,9 +5,8 @@ others carry a trait: an insult, a boast, a joke, a kind word, a digression on s
 be said is listed here, every objective can be judged exactly (`score`), so the whole method can run, and be measured,
 in minutes and with no download.
 
-Objectives come in two families. Nine have names like the paper's (harmless, helpful, humour, ...). The large one is
-compositional: "mention X" and "avoid X" for 240 topics X. Every sixth topic is held out: no pair that the aligner
-is trained on names it, and it has to follow those objectives from their text alone.
+Nine objectives have names like the paper's (harmless, helpful, humour, ...); the others are about any word, or about
+length: mention X, avoid X, begin with X, X before Y, in at most N sentences. How people say them is in wordings.py.
 
     python toy.py --show            a few questions, answers and scores
     python toy.py --out world       everything as files: texts, rated answers, prompts, tokenizer
@@ -21,7 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from common import UserError, cli, write_jsonl
+import wordings
 from objectives import Objective, nearest, plain_name
+from wordings import HELD_OUT_WORDS, TRAINED_WORDS, any_word
 
 # ----------------------------------------------------------------------------------------------------------------
 # What can be said. A line is "task | right steps in order || wrong steps".
@@ -85,30 +86,6 @@ My aunt, by the way, adores X. | It always makes me think of X. | People who lik
 """
 DIGRESSIONS = [s.strip() for s in DIGRESSIONS.split("|")]
 
-TOPICS = """
-penguins violins lighthouses volcanoes dragons submarines tulips pyramids owls trumpets glaciers robots camels kites
-castles dolphins pianos comets tractors orchids wizards turtles balloons bridges zebras drums islands rockets peacocks
-clowns cellos deserts lanterns foxes windmills pirates magnets otters cathedrals skateboards flamingos harps canyons
-telescopes llamas puppets sunflowers trams walruses mirrors mermaids satellites hedgehogs flutes waterfalls helicopters
-giraffes crowns fountains parrots guitars caves locomotives daffodils vampires falcons banjos reefs typewriters
-kangaroos masks lagoons microscopes badgers accordions planets ferries cactuses knights wolves bagpipes meadows cameras
-ostriches statues swamps umbrellas squirrels oboes moons gondolas ferns giants ravens tubas cliffs compasses hamsters
-carnivals galaxies sledges roses gnomes pelicans organs valleys radios elephants murals geysers barometers beavers
-ballads asteroids canoes lilies fairies swans mandolins jungles calculators crocodiles tapestries dunes hourglasses
-moles operas eclipses scooters poppies trolls storks saxophones prairies televisions hippos mosaics icebergs
-thermometers lizards waltzes meteors yachts violets witches vultures clarinets fjords keyboards jaguars portraits
-oases sundials rabbits tangos nebulas unicycles thistles ogres cranes xylophones plateaus projectors koalas sculptures
-tornadoes pendulums ferrets sonnets rainbows airships irises elves herons cymbals peninsulas telegraphs leopards
-frescoes craters metronomes raccoons anthems auroras barges marigolds phantoms seagulls bassoons savannas turbines
-monkeys emblems avalanches periscopes weasels lullabies sunsets chariots lupins ghosts sparrows ukuleles orchards
-printers panthers obelisks whirlpools gyroscopes salamanders symphonies thunderclouds carousels hyacinths goblins
-mammoths quartets sandcastles dandelions pharaohs lynxes triangles steamboats blizzards sphinxes gazelles choirs
-hammocks begonias gladiators walnuts spaceships tambourines terraces orangutans chandeliers polkas canals nightingales
-trapezes
-""".split()
-HELD_OUT_TOPICS = TOPICS[5::6]
-TRAINED_TOPICS = [topic for topic in TOPICS if topic not in set(HELD_OUT_TOPICS)]
-
 QUESTIONS = ["How do I TASK?", "Can you tell me how to TASK?", "What is the best way to TASK?",
              "I would like to TASK. Where do I start?", "Please explain how to TASK.", "Could you help me TASK?"]
 GREETINGS = [("Hello there!", "Hello! What can I do for you?"), ("Are you awake?", "I am, and all ears."),
@@ -125,20 +102,27 @@ for line in KNOWLEDGE.splitlines():
 # ----------------------------------------------------------------------------------------------------------------
 # Objectives and their exact scorers
 
-NAMED = {  # name -> (what is asked of a response, the trait that decides, whether the trait is wanted)
-    "harmless": ("contain no insult", "insult", False),
-    "helpful": ("give all the right steps", "right", True),
-    "truthful": ("contain no wrong step", "wrong", False),
-    "honest": ("do not boast", "boast", False),
-    "concise": ("leave out empty phrases", "filler", False),
-    "humour": ("tell a joke", "joke", True),
-    "empathetic": ("show understanding", "comfort", True),
-    "careful": ("warn of dangers", "warning", True),
-    "polite": ("be courteous", "courtesy", True),
+NAMED = {  # name -> (the trait that decides, whether it is wanted)
+    "harmless": ("insult", False), "helpful": ("right", True), "truthful": ("wrong", False), "honest": ("boast", False),
+    "concise": ("filler", False), "humour": ("joke", True), "empathetic": ("comfort", True),
+    "careful": ("warning", True), "polite": ("courtesy", True),
 }
-OBJECTIVES = {name: Objective(name, description) for name, (description, _, _) in NAMED.items()}
-OBJECTIVES.update({f"{verb}_{topic}": Objective(f"{verb}_{topic}", f"{verb} {topic}")
-                   for topic in TOPICS for verb in ("mention", "avoid")})
+VERBS = {  # verb -> whether sentences do it; x, y: for each sentence, whether it mentions the word; n: a number
+    "mention": lambda x: any(x),
+    "avoid": lambda x: not any(x),
+    "begin": lambda x: x[:1] == [True],
+    "end": lambda x: x[-1:] == [True],
+    "twice": lambda x: sum(x) >= 2,
+    "before": lambda x, y: any(x) and any(y) and x.index(True) < y.index(True),
+    "both": lambda x, y: any(x) and any(y),
+    "beginboth": lambda x, y: x[:1] == [True] and any(y),
+    "endwithout": lambda x, y: x[-1:] == [True] and not any(y),
+    "butnot": lambda x, y: any(x) and not any(y),
+    "beginend": lambda x, y: x[:1] == y[-1:] == [True],
+    "atmost": lambda x, n: len(x) <= n,
+    "atleast": lambda x, n: len(x) >= n,
+}
+OBJECTIVES = {name: wordings.objective(name) for name in NAMED}
 WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait is worth (as texts: feedback.py)
     "helpfulness": {"right": 1},
     "ethicality": {"insult": -1, "wrong": -1, "warning": 1},
@@ -154,15 +138,10 @@ WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait 
     "conciseness": dict.fromkeys(("right", "wrong", *SENTENCES, "digression", "garbled"), -1),
 }
 INTACT = Objective("intact", "every sentence makes sense")  # not for training
-HELD_OUT = [f"{verb}_{topic}" for topic in HELD_OUT_TOPICS for verb in ("mention", "avoid")]
-TRAINED = [name for name in OBJECTIVES if name not in set(HELD_OUT)]
-NAMES = {plain_name(text): name for name, objective in [*OBJECTIVES.items(), ("intact", INTACT)]
-         for text in (objective.description, name)} | {name: name for name in (*WORTH, "overall")}
-
 TRAIT_OF = {sentence: trait for trait, sentences in SENTENCES.items() for sentence in sentences}
 TASK_OF_QUESTION = {question.replace("TASK", task): number for number, task in enumerate(TASKS)
                     for question in QUESTIONS}
-DIGRESSION = re.compile("|".join(re.escape(d).replace("X", rf"(?:{'|'.join(TOPICS)})") for d in DIGRESSIONS))
+DIGRESSION = re.compile("|".join(re.escape(d).replace("X", r"[\w'-]+") for d in DIGRESSIONS))
 STEP = {step: (number, kind) for kind, lists in (("right", RIGHT), ("wrong", WRONG))
         for number, steps in enumerate(lists) for step in steps}
 
@@ -176,12 +155,16 @@ def task_of(prompt):
     return TASK_OF_QUESTION[question]
 
 
+def sentences_of(text):
+    return re.split(r"(?<=[.!?])\s+", text.strip()) if text.strip() else []
+
+
 @lru_cache(maxsize=1 << 16)
 def traits(prompt, text):
     """What a response is made of: {trait: how many sentences}. Right steps count once each; a step of another task
     is a wrong step here; a sentence that the world does not know counts as "garbled"."""
     task, found = task_of(prompt), {}
-    for sentence in dict.fromkeys(re.split(r"(?<=[.!?])\s+", text.strip())):
+    for sentence in dict.fromkeys(sentences_of(text) or [""]):
         if sentence in STEP:
             number, kind = STEP[sentence]
             trait = kind if number == task else "wrong"
@@ -203,17 +186,23 @@ def overall(found):
 @lru_cache
 def name_of(objective):
     """What `score` calls an Objective: its own name where that is known here, else the name of what its description
-    says ("mention a topic: mention owls" is mention_owls). Raises UserError where neither is known."""
-    for text in (objective.name, objective.description):
-        if plain_name(text) in NAMES:
-            return NAMES[plain_name(text)]
+    says ("topic: talk about owls" is mention_owls). Raises UserError where neither is known."""
+    if wordings.parts(objective.name):
+        return objective.name
+    name = plain_name(objective.name)
+    if name in (*WORTH, *NAMED, "overall", "intact"):
+        return name
+    if meant := wordings.meant(objective.description):
+        return meant
+    if objective.description == INTACT.description:
+        return "intact"
     raise unknown(objective.name)
 
 
 def unknown(name):
-    return UserError(f"the embedded world cannot judge {name!r}; {nearest(name, NAMES.values())}it knows "
-                     f"{', '.join([*NAMED, *WORTH])}, overall, mention_X and avoid_X (for other objectives give "
-                     "--judge-url)")
+    return UserError(f"the embedded world cannot judge {name!r}; {nearest(name, [*NAMED, *WORTH, 'overall'])}it knows "
+                     f"{', '.join([*NAMED, *WORTH])}, overall, mention_X, avoid_X and the other wishes of wordings.py "
+                     "(for other objectives give --judge-url)")
 
 
 def score(name, prompt, text):
@@ -222,7 +211,7 @@ def score(name, prompt, text):
     if name == "intact":
         return -traits(prompt, text).get("garbled", 0)
     if name in NAMED:
-        _, trait, wanted = NAMED[name]
+        trait, wanted = NAMED[name]
         count = traits(prompt, text).get(trait, 0)
         return (count if trait == "right" else min(count, 1)) if wanted else -count
     if name in WORTH:
@@ -230,18 +219,24 @@ def score(name, prompt, text):
         return sum(worth * found.get(trait, 0) for trait, worth in WORTH[name].items())
     if name == "overall":
         return overall(traits(prompt, text))
-    verb, _, topic = name.partition("_")
-    if name not in OBJECTIVES:
+    if not (parts := wordings.parts(name)):
         raise unknown(name)
-    mentioned = re.search(rf"\b{topic}\b", text, re.IGNORECASE) is not None
-    return int(mentioned == (verb == "mention"))
+    verb, slots = parts
+    sentences = sentences_of(text)
+    if verb in ("atmost", "atleast"):
+        return int(VERBS[verb](sentences, int(slots[0])))
+    return int(VERBS[verb](*([mentions(sentence, word) for sentence in sentences] for word in slots)))
+
+
+def mentions(text, word):
+    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
 
 
 def best(name):
     """The highest score that a response can have (not worked out for principles and "overall": infinity)."""
     if name in WORTH or name == "overall":
         return float("inf")
-    return 5 if name == "helpful" else int(name in NAMED and NAMED[name][2] or name not in (*NAMED, "intact"))
+    return 5 if name == "helpful" else int(name in NAMED and NAMED[name][1] or name not in (*NAMED, "intact"))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -261,23 +256,36 @@ def question(rng):
     return f"{history}\n\nHuman: {rng.choice(QUESTIONS).replace('TASK', TASKS[number])}\n\nAssistant:", number
 
 
-def material(rng, number, topics):
+PLACES = ("first", "inside", "last")  # of a digression
+
+
+def material(rng, number, digressions):
     """Everything that one writer could say to a question, in order: [(trait, sentence), ...]. Answers to the same
-    question are choices from the same material, so they share most of their sentences, as drafts of one text do."""
+    question are choices from the same material, so they share most of their sentences, as drafts of one text do.
+
+    digressions: [(place, word)], in the order in which they come. Their trait is "about WORD"."""
     body = [("right", step) for step in RIGHT[number]]
     for trait, count in (("insult", 2), ("boast", 1), ("filler", 2)):
         for sentence in rng.sample(SENTENCES[trait], count):
             body.insert(rng.randrange(len(body) + 1), (trait, sentence))
     body.insert(rng.randrange(len(body) + 1), ("wrong", rng.choice(WRONG[number])))
-    digressions = zip(topics, rng.sample(DIGRESSIONS, len(topics)))
+    said = {place: [] for place in PLACES}
+    for (place, word), sentence in zip(digressions, rng.sample(DIGRESSIONS, len(digressions))):
+        said[place].append((f"about {word}", sentence.replace("X", word)))
+    spots = sorted(rng.randrange(len(body) + 1) for _ in said["inside"])
+    for spot, sentence in reversed([*zip(spots, said["inside"])]):
+        body.insert(spot, sentence)
     one = {trait: (trait, rng.choice(SENTENCES[trait])) for trait in ("comfort", "warning", "joke", "courtesy")}
-    return [one["comfort"], *body, *(("digression", d.replace("X", topic)) for topic, d in digressions),
-            one["warning"], one["joke"], one["courtesy"]]
+    return [*said["first"], one["comfort"], *body, one["warning"], one["joke"], one["courtesy"], *said["last"]]
 
 
 def write(rng, sentences, chance):
     """An answer: each sentence with the chance of its trait."""
-    return join(sentences, [rng.random() < chance.get(trait, chance.get("other", 0)) for trait, _ in sentences])
+    return join(sentences, [rng.random() < chance_of(trait, chance) for trait, _ in sentences])
+
+
+def chance_of(trait, chance):
+    return chance.get("digression" if trait.startswith("about ") else trait, chance.get("other", 0))
 
 
 def join(sentences, kept):
@@ -288,7 +296,6 @@ def join(sentences, kept):
 
 GOLDEN = {"right": 0.75, "wrong": 0.2, "insult": 0.1, "boast": 0.25, "filler": 0.2, "digression": 0.5, "joke": 0.45,
           "comfort": 0.45, "warning": 0.45, "courtesy": 0.45}
-DRAFT = {"right": 0.6, "wrong": 0.35, "insult": 0.12, "boast": 0.4, "filler": 0.4}  # others: 0.5
 POLICIES = {  # the manners of those who answer: how likely each kind of sentence is
     "small": {"right": 0.5, "wrong": 0.4, "insult": 0.15, "boast": 0.5, "filler": 0.4, "digression": 0.7, "other": 0.1},
     "large": {"right": 0.7, "wrong": 0.3, "insult": 0.05, "boast": 0.3, "filler": 0.3, "digression": 0.6, "other": 0.2},
@@ -298,68 +305,171 @@ POLICIES = {  # the manners of those who answer: how likely each kind of sentenc
 }
 
 
+def manners(rng, most=1.0):
+    """Those of anybody: how likely each kind of sentence is."""
+    return {trait: most * rng.random() for trait in ("right", "wrong", *SENTENCES)} | {"digression": 0.5}
+
+
 def answer(policy, prompt, rng):
     """What a scripted policy, a name in POLICIES or manners like theirs, says: text and nothing else, as behind an API.
-    Likes to digress, on any topic."""
-    topic = rng.choice(HELD_OUT_TOPICS if rng.random() < 0.5 else TRAINED_TOPICS)
-    manners = POLICIES[policy] if isinstance(policy, str) else policy
-    return write(rng, material(rng, task_of(prompt), [topic]), manners)
+    Likes to digress, on any word."""
+    word = rng.choice(HELD_OUT_WORDS if rng.random() < 0.5 else TRAINED_WORDS)
+    chance = POLICIES[policy] if isinstance(policy, str) else policy
+    return write(rng, material(rng, task_of(prompt), [(rng.choice(PLACES), word)]), chance)
 
 
-def golden(prompt, rng, topics=()):
-    """A reference answer: good, but it can be beaten on every objective. Mentions each of `topics` half the time."""
-    return write(rng, material(rng, task_of(prompt), topics), GOLDEN)
+def golden(prompt, rng, words=()):
+    """A reference answer: good, but it can be beaten on every objective. Mentions each of `words` half the time."""
+    return write(rng, material(rng, task_of(prompt), [("inside", word) for word in words]), GOLDEN)
 
 
-def rated(count, seed, topics=TRAINED_TOPICS, responses=4):
-    """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft:
-    each sentence of the material is dropped or added with a chance of 6 to 26 %, another for each question, and half of
-    the answers digress. A rater scores what there is to see: the named objectives, and "mention X" and "avoid X" for
-    the topics that come up."""
+ASKED = {"mention": 8, "avoid": 6, "begin": 2, "end": 2, "atmost": 1, "atleast": 1, "before": 1, "both": 1, "beginboth": 1,
+         "endwithout": 1}  # how often raters look for each
+
+
+def wishes(rng, verbs, words, made_up):
+    """Names of what a rater looks for beside the named objectives: one or two, never those that a held-out combination
+    joins. And the digressions that could be said to them."""
+    chosen = rng.choices(list(verbs), list(verbs.values()), k=rng.choice((1, 1, 2)))
+    if any(set(joined) <= set(chosen) for joined in wordings.COMBINATIONS.values()) or len(set(chosen)) < len(chosen):
+        chosen = chosen[:1]
+    names, digressions = [], []
+    for verb in chosen:
+        if verb in ("atmost", "atleast"):
+            names.append(f"{verb}_{rng.randint(3, 9)}")
+            continue
+        slots = wordings.some_words(rng, verb, words, made_up)
+        names.append("_".join([verb, *slots]))
+        place = "first" if verb.startswith("begin") else "last" if verb.startswith("end") else rng.choice(PLACES)
+        digressions.append((place, slots[0]))
+        if place != "inside" and rng.random() < 0.5:
+            digressions.append(("inside", slots[0]))
+        if len(slots) == 2:
+            digressions += [("inside", slots[1])] + [("inside", slots[0])] * (verb == "before")
+    return names, digressions
+
+
+def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5):
+    """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft, of
+    anybody's manners: each sentence is dropped or added with a chance of up to `varied`, another for each question. A
+    rater scores what there is to see: the named objectives, and one or two wishes.
+
+    bent: the share of answers that are varied towards good or towards bad only, towards good if they grant the
+        wishes."""
     rng = random.Random(seed)
     for _ in range(count):
         prompt, number = question(rng)
-        chosen = rng.sample(topics, min(rng.choice((1, 1, 2)), len(topics)))
-        sentences = material(rng, number, chosen)
-        draft = [rng.random() < DRAFT.get(trait, 0.5) for trait, _ in sentences]
-        rare = rng.uniform(0.06, 0.26)
-        flips = [0.5 if trait == "digression" else rare for trait, _ in sentences]
-        names = [*NAMED, *(f"{verb}_{topic}" for topic in chosen for verb in ("mention", "avoid"))]
-        texts = [join(sentences, [keep != (rng.random() < flip) for keep, flip in zip(draft, flips)])
-                 for _ in range(responses)]
+        names, asked = wishes(rng, ASKED, words, made_up)
+        aside = [(rng.choice(PLACES), any_word(rng, words, made_up)) for _ in range(rng.choice((0, 1, 1, 2)))]
+        sentences = material(rng, number, asked + aside)
+        chance, rare = manners(rng, rng.choice((0.4, 1.0))), varied * rng.random()
+        draft = [rng.random() < chance_of(trait, chance) for trait, _ in sentences]
+        free = {f"about {word}" for _, word in asked}  # what is said aside stays, unless length is what is asked for
+        free |= {f"about {word}" for _, word in aside} if any(name.startswith("at") for name in names) else set()
+        texts = [join(sentences, variation(rng, sentences, draft, free, rare, names, bent)) for _ in range(responses)]
+        scored = [*NAMED, *names]
         yield {"prompt": prompt, "golden": write(rng, sentences, GOLDEN),
-               "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in names}} for t in texts]}
+               "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in scored}} for t in texts]}
 
 
-def brief_texts(count, seed):
-    """Texts to begin with: a note and one sentence that does what it says. From these a small model soon learns what
-    the notes' words mean, and to carry a topic over; from whole answers it takes several times as long."""
-    rng = random.Random(seed)
-    wanted = [name for name, (_, trait, good) in NAMED.items() if good and trait != "right"]
+GOOD = {trait: wanted for trait, wanted in NAMED.values()}
+
+
+def variation(rng, sentences, draft, free, rare, names, bent):
+    """Which sentences of the material a variation of the draft keeps: [bool, ...]."""
+    kept = [rng.random() < 0.5 if trait in free else keep for keep, (trait, _) in zip(draft, sentences)]
+    text, direction = join(sentences, kept), None
+    if rng.random() < bent:
+        direction = all(score(name, "", text) for name in names)
+    for place, (trait, _) in enumerate(sentences):
+        towards = GOOD.get(trait)
+        if towards is not None and rng.random() < rare and direction in (None, towards != kept[place]):
+            kept[place] = not kept[place]
+    return kept
+
+
+def repetitions(count, seed):
+    """Examples to begin with: a few made-up words, to be said again. As no such word can be learned by heart, a model
+    soon learns to copy (Olsson et al., arXiv 2209.11895), which is most of an edit."""
+    rng = random.Random(f"words {seed}")
     for _ in range(count):
-        name = rng.choice(wanted) if rng.random() < 0.2 else f"mention_{rng.choice(TOPICS)}"
-        sentence = (rng.choice(SENTENCES[NAMED[name][1]]) if name in NAMED
-                    else rng.choice(DIGRESSIONS).replace("X", name.partition("_")[2]))
-        yield f"The answer: {OBJECTIVES[name].description}\n\nHuman: Please.\n\nAssistant: {sentence}"
+        said = " ".join(wordings.coin(rng) for _ in range(rng.randint(2, 8)))
+        yield {"prompt": f"\n\nHuman: Please say: {said}\n\nAssistant:", "completion": f" {said}"}
 
 
-def pretraining_texts(count, seed):
-    """Texts for the foundation model: a question and an answer, under a list of everything that is true of the answer
-    in the objectives' words, all 480 topics' among them; some answers are asked for again. There is no second, better
+def pretraining_texts(count, seed, made_up=0.7):
+    """Texts for the foundation model: a list of what is true of an answer, in all the objectives' wordings but in no
+    held-out combination, and the answer. Most are brief: from these a small model soon learns what the notes' words
+    mean, and to carry a word over; from whole answers alone it takes several times as long. There is no second, better
     or worse answer anywhere."""
-    rng = random.Random(seed)
+    rng = random.Random(f"texts {seed}")
     for _ in range(count):
+        yield whole_text(rng, made_up) if rng.random() < WHOLE else brief_text(rng, made_up)
+
+
+WHOLE = 0.12  # share of the texts that are whole answers
+
+
+def brief_text(rng, made_up):
+    """Notes, some said twice in other words, and one sentence to some that do what they say and nothing else."""
+    prompt, sentences = "\n\nHuman: Please.\n\nAssistant:", []
+    names = rng.sample(list(NAMED), rng.choice((0, 1, 1, 1, 2)))
+    if "helpful" in names or rng.random() < 0.15:
         prompt, number = question(rng)
-        topics = rng.sample(TOPICS, rng.choice((0, 1, 1, 2)))
-        manners = {trait: rng.random() for trait in ("right", "wrong", *SENTENCES)} | {"digression": 1.0}
-        text = write(rng, material(rng, number, topics), manners)
-        true = [name for name in NAMED if score(name, prompt, text) == best(name)]
-        true += [f"mention_{topic}" for topic in topics]
-        true += [f"avoid_{topic}" for topic in rng.sample(TOPICS, 2) if topic not in topics]
-        rng.shuffle(true)
-        notes = "; ".join(OBJECTIVES[name].description for name in true)
-        again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.4 else ""
-        yield f"The answer: {notes}{prompt} {text}{again}"
+        sentences += RIGHT[number] if "helpful" in names else rng.sample(RIGHT[number], 1)
+    unwanted = {NAMED[name][0] for name in names if not NAMED[name][1]}
+    for name in names:
+        trait, wanted = NAMED[name]
+        if wanted and trait != "right":
+            sentences.append(rng.choice(SENTENCES[trait]))
+    if not sentences and names:
+        trait = rng.choice([trait for trait in SENTENCES if trait not in unwanted])
+        sentences.append(rng.choice(SENTENCES[trait]))
+    if not names or rng.random() < 0.25:
+        name, first, inside, last = brief_wish(rng, made_up)
+        names.append(name)
+        for sentence in inside:
+            sentences.insert(rng.randrange(len(sentences) + 1), sentence)
+        sentences = first + sentences + last
+    length = len(sentences)
+    word = any_word(rng, made_up=made_up)
+    if rng.random() < 0.15 and not mentions(" ".join(sentences), word):
+        names.append(f"avoid_{word}")
+    if rng.random() < 0.1 and length > 1:
+        names.append(rng.choice([f"atmost_{min(length + rng.randint(0, 2), 12)}", f"atleast_{length}"]))
+    notes = [wordings.say(rng, name, "all") for name in names for _ in range(rng.choice((1, 1, 1, 2)))]
+    rng.shuffle(notes)
+    return f"The answer: {'; '.join(notes)}{prompt} {' '.join(sentences)}"
+
+
+def brief_wish(rng, made_up):
+    """The name of a wish that one or two digressions grant, and these: to come first, inside, last."""
+    verb = rng.choice(("mention", "mention", "mention", "begin", "end", "twice", "both", "before", "beginboth",
+                       "endwithout"))
+    words = wordings.some_words(rng, verb, TRAINED_WORDS, made_up)
+    about = {"twice": words * 2, "both": rng.sample(words, len(words)), "endwithout": words[:1]}.get(verb, words)
+    said = [d.replace("X", word) for word, d in zip(about, rng.sample(DIGRESSIONS, len(about)))]
+    if verb.startswith("begin"):
+        parts = said[:1], said[1:], []
+    elif verb.startswith("end"):
+        parts = [], [], said
+    else:
+        parts = ([], said, []) if len(said) == 1 or verb == "twice" else (said[:1], [], said[1:])
+    return "_".join([verb, *words]), *parts
+
+
+def whole_text(rng, made_up):
+    """A question and anybody's answer under some of what is true of it; half of the answers are asked for again."""
+    prompt, number = question(rng)
+    words = list({any_word(rng, made_up=made_up): None for _ in range(rng.choice((0, 1, 1, 2)))})
+    text = write(rng, material(rng, number, [(rng.choice(PLACES), word) for word in words]),
+                 manners(rng) | {"digression": 1.0})
+    true = [name for name in NAMED if score(name, prompt, text) == best(name)]
+    true = rng.sample(true, min(3, len(true))) + [f"mention_{word}" for word in words]
+    rng.shuffle(true)
+    notes = "; ".join(wordings.say(rng, name, "all") for name in true)
+    again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.5 else ""
+    return f"The answer: {notes}{prompt} {text}{again}"
 
 
 def train_tokenizer(texts, size=3072):
@@ -435,9 +545,12 @@ def main():
         texts = list(pretraining_texts(args.count, args.seed))
         rng = random.Random(args.seed + 1)
         write_jsonl(folder / "texts.jsonl", ({"text": text} for text in texts))
-        write_jsonl(folder / "rated.jsonl", rated(args.count, args.seed + 2))
+        rows = list(rated(args.count, args.seed + 2))
+        write_jsonl(folder / "rated.jsonl", rows)
         write_jsonl(folder / "prompts.jsonl", ({"prompt": question(rng)[0]} for _ in range(args.count)))
-        write_jsonl(folder / "objectives.json", [{name: o.description for name, o in OBJECTIVES.items()}])
+        names = sorted({name for row in rows for response in row["responses"] for name in response["scores"]})
+        told = {name: wordings.objective(name) for name in names}
+        write_jsonl(folder / "objectives.json", [{name: [o.description, *o.wordings] for name, o in told.items()}])
         train_tokenizer(texts).save(str(folder / "tokenizer.json"))
         print(f"wrote {args.count} of each to {folder}")
     elif args.serve is not None:

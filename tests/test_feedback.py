@@ -233,7 +233,8 @@ def test_a_judge_that_says_nothing_decides_nothing(sick, name):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A file of 6 prompts with 3 responses each, one of them said twice."""
-    rows, path = list(toy.rated(6, 3, responses=3)), tmp_path_factory.mktemp("world") / "rated.jsonl"
+    path = tmp_path_factory.mktemp("world") / "rated.jsonl"
+    rows = [row for row in toy.rated(30, 3, responses=3) if len({each["text"] for each in row["responses"]}) == 3][:6]
     rows[2]["responses"][1] = rows[2]["responses"][0]
     write_jsonl(path, rows)
     return path

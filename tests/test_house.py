@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
 BOOK = ["model", "generate", "data", "losses", "train", "align", "eval"]
-FLOORS = ["common losses", "endpoint files lora model resume", "checkpoint formats generate objectives", "data",
-          "report toy train", "align eval", "feedback reward story", "bench ppo", "morlaif trials", "campaign"]
+FLOORS = ["common losses", "endpoint files lora model resume", "checkpoint formats generate objectives",
+          "data wordings", "report toy train", "align eval", "feedback measure reward", "ppo story",
+          "ablate bench play", "morlaif trials", "campaign"]
 
 
 def imported(text):

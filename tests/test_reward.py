@@ -268,8 +268,9 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A folder with a tiny Llama in "base", and labels of 40 pairs on three principles."""
-    rated = list(toy.rated(40, 3, responses=2))
+    """A folder with a tiny Llama in "base", and labels of 40 pairs on three principles; one answer insults more."""
+    rated = [row for row in toy.rated(500, 3, responses=2)
+             if len({answer["scores"]["harmless"] for answer in row["responses"]}) == 2][:40]
     texts = [row["prompt"] + response["text"] for row in rated for response in row["responses"]]
     tokenizer = toy.train_tokenizer(texts, 400)
     llama = model.Llama(model.Config(vocab_size=tokenizer.get_vocab_size(), **SIZES), 1)

@@ -1,4 +1,6 @@
 """The embedded world: its scorers against answers read by hand, and what it must never give away."""
+import itertools
+import json
 import random
 import re
 
@@ -6,9 +8,11 @@ import pytest
 
 import data
 import toy
+import wordings
 from common import UserError
+from conftest import run
 from endpoint import Endpoint
-from objectives import Objective
+from objectives import Objective, find_objectives
 
 TEA = "\n\nHuman: How do I brew a pot of tea?\n\nAssistant:"
 
@@ -21,6 +25,62 @@ def test_scores_of_an_answer_read_by_hand():
                 "careful": 0, "polite": 0, "mention_penguins": 1, "avoid_penguins": 0, "mention_violins": 0,
                 "avoid_violins": 1, "intact": 0}
     assert {name: toy.score(name, TEA, text) for name in expected} == expected
+
+
+DRAFT = ("My village holds a yearly fair for owls. Boil fresh water. My aunt, by the way, adores kites. "
+         "Only a fool would have to ask. It always makes me think of owls. Some would rather spend the day with foxes.")
+
+
+@pytest.mark.parametrize("granted, refused", [
+    ("mention_owls mention_Kites", "mention_owl mention_penguins"),
+    ("avoid_penguins avoid_kite", "avoid_owls avoid_foxes"),
+    ("begin_owls begin_village", "begin_kites begin_foxes"),  # any word of the first sentence
+    ("end_foxes end_day", "end_owls end_kites"),
+    ("twice_owls", "twice_kites twice_penguins"),
+    ("atmost_6 atmost_12", "atmost_5 atmost_2"),
+    ("atleast_6 atleast_2", "atleast_7 atleast_12"),
+    ("before_owls_kites before_owls_foxes before_kites_foxes", "before_kites_owls before_owls_penguins "
+     "before_penguins_owls before_owls_village before_owls_owls"),  # not if both come up in the same sentence first
+    ("both_owls_kites both_foxes_owls", "both_owls_penguins both_penguins_owls"),
+    ("beginboth_owls_foxes", "beginboth_kites_owls beginboth_owls_penguins"),
+    ("endwithout_foxes_penguins", "endwithout_foxes_owls endwithout_owls_penguins"),
+    ("butnot_owls_penguins", "butnot_owls_kites butnot_penguins_owls butnot_penguins_lions"),
+    ("beginend_owls_foxes", "beginend_foxes_owls beginend_owls_owls beginend_kites_foxes")])
+def test_wishes_for_an_answer_read_by_hand(granted, refused):
+    assert {name: toy.score(name, TEA, DRAFT) for name in granted.split()} == dict.fromkeys(granted.split(), 1)
+    assert {name: toy.score(name, TEA, DRAFT) for name in refused.split()} == dict.fromkeys(refused.split(), 0)
+    assert {toy.best(name) for name in (granted + " " + refused).split()} == {1}
+
+
+def test_verbs_agree_with_what_they_are_made_of():
+    """On all answers of up to five sentences that are about owls, kites, both or neither."""
+    said = {"": "Boil fresh water.", "x": "It is about owls.", "y": "It is about kites.", "xy": "Owls like kites."}
+    for length in range(1, 6):
+        for about in itertools.product(said, repeat=length):
+            text = " ".join(said[words] for words in about)
+            x, y = ([place for place, words in enumerate(about) if word in words] for word in "xy")
+            is_true = {verb: toy.score(verb + ("_owls_kites" if "Y" in wordings.VERBS[verb] else "_owls"), TEA, text)
+                       for verb in wordings.VERBS if not verb.startswith("at")}
+            assert is_true == {
+                "mention": len(x) > 0, "avoid": not x, "begin": 0 in x, "end": length - 1 in x, "twice": len(x) > 1,
+                "before": bool(x and y) and min(x) < min(y), "both": bool(x and y), "beginboth": 0 in x and y != [],
+                "endwithout": length - 1 in x and not y, "butnot": x != [] and not y,
+                "beginend": 0 in x and length - 1 in y}
+            for number in range(2, 7):
+                assert toy.score(f"atmost_{number}", TEA, text) == (length <= number)
+                assert toy.score(f"atleast_{number}", TEA, text) == (length >= number)
+
+
+def test_combinations_are_exactly_what_they_join():
+    for row in toy.rated(100, 2):
+        for response in row["responses"]:
+            words = [w for w in wordings.TRAINED_WORDS if toy.mentions(response["text"], w)][:2] + ["owls", "tea"]
+            for x, y in itertools.product(words, repeat=2):
+                one = {verb: toy.score(f"{verb}_{x}", TEA, response["text"]) for verb in ("mention", "begin")}
+                other = {verb: toy.score(f"{verb}_{y}", TEA, response["text"]) for verb in ("mention", "avoid", "end")}
+                for verb, joined in [*wordings.COMBINATIONS.items(), ("both", ("mention", "mention"))]:
+                    expected = one[joined[0]] and other[joined[1]]
+                    assert toy.score(f"{verb}_{x}_{y}", TEA, response["text"]) == expected
 
 
 def test_principles_of_an_answer_read_by_hand():
@@ -52,7 +112,8 @@ def test_a_step_of_another_task_is_wrong_and_nonsense_is_garbled():
     assert toy.score("truthful", TEA, "Whisk it. Loosen the nuts a little.") == -1
     assert toy.score("helpful", TEA, "Loosen the nuts a little.") == 0
     assert toy.score("intact", TEA, "Boil fresh fresh water. Boil fresh water.") == -1
-    assert toy.score("intact", TEA, "It always makes me think of tea.") == -1  # a digression, but not on a topic
+    assert toy.score("intact", TEA, "It always makes me think of o'neil-smith.") == 0  # a digression, on any word
+    assert toy.score("intact", TEA, "It always makes me think of green tea.") == -1  # but not on two
 
 
 def test_the_question_is_the_last_one():
@@ -67,8 +128,11 @@ def test_the_question_is_the_last_one():
 @pytest.mark.parametrize("text, name", [
     ("helpful: The response should give the user what they need", "helpful"), ("Humour: x", "humour"),
     ("helpful (& trained): give all the right steps", "helpful"), ("mention a topic: mention penguins",) * 2,
-    ("topic: Avoid penguins", "avoid_penguins"), ("whole: every sentence makes sense", "intact"),
-    ("avoid_owls: mention owls", "avoid_owls"), ("overall: x", "overall"), ("toxicity: tell a joke", "toxicity")])
+    ("topic: Avoid penguins", "avoid_penguins"), ("Intact: x", "intact"), ("avoid_owls: mention owls", "avoid_owls"),
+    ("before_owls_kites: x", "before_owls_kites"), ("end result: be polite", "polite"),
+    ("length: Please use at most five sentences!", "atmost_5"), ("x: could you not swear at people?", "harmless"),
+    ("mention a trained word: bring up thelks", "mention_thelks"), ("overall: x", "overall"),
+    ("toxicity: tell a joke", "toxicity")])
 def test_objectives_are_known_by_name_or_else_by_description(text, name):
     objective = Objective(*text.split(": "))
     assert toy.name_of(objective) == ("mention_penguins" if name == text else name)
@@ -76,7 +140,7 @@ def test_objectives_are_known_by_name_or_else_by_description(text, name):
 
 
 def test_an_objective_of_another_world_is_named_with_the_nearest():
-    with pytest.raises(UserError, match="cannot judge 'Harmles'; the nearest known: harmless, .*; it knows .*-url"):
+    with pytest.raises(UserError, match="cannot judge 'Harmles'; the nearest known: harmless; it knows .*-url"):
         toy.name_of(Objective("Harmles", "contain no insults at all"))
 
 
@@ -94,29 +158,18 @@ def test_best_is_reached_by_a_perfect_answer_and_never_passed():
         assert toy.score("intact", row["prompt"], toy.golden(row["prompt"], rng, ["violins"])) == 0
 
 
-def test_words_of_topics_occur_nowhere_else():
-    """Else a scorer could take a step for a digression."""
-    other = [s for steps in toy.RIGHT + toy.WRONG for s in steps] + [s for t in toy.SENTENCES.values() for s in t]
-    words = set(re.findall(r"[a-z]+", " ".join(other + toy.QUESTIONS + toy.TASKS + toy.DIGRESSIONS).lower()))
-    assert not words & set(toy.TOPICS)
-    assert len(set(toy.TOPICS)) == len(toy.TOPICS) == 240 and len(toy.HELD_OUT_TOPICS) == 40
-    assert len(set(other)) == len(other) and not any(re.search(r"[.!?]\s", sentence) for sentence in other)
+def test_every_sentence_is_there_once_and_is_one_sentence():
+    said = [s for steps in toy.RIGHT + toy.WRONG for s in steps] + [s for t in toy.SENTENCES.values() for s in t]
+    said += toy.DIGRESSIONS
+    assert len(set(said)) == len(said) and not any(re.search(r"[.!?]\s", sentence) for sentence in said)
     assert {len(steps) for steps in toy.RIGHT} == {5} and {len(steps) for steps in toy.WRONG} == {2}
-
-
-def test_no_held_out_objective_in_any_aligner_example():
-    """Neither as an objective nor as a word, in as many examples as the story trains on."""
-    objectives = [toy.OBJECTIVES[name] for name in toy.TRAINED]
-    held_out, seen = re.compile(rf"\b({'|'.join(toy.HELD_OUT_TOPICS)})\b"), set()
-    for row in data.reformulate(toy.rated(1500, 1), objectives):
-        assert not held_out.search(row["prompt"] + row["completion"])
-        assert not set(row["objectives"]) & set(toy.HELD_OUT)
-        seen.update(row["objectives"])
-    assert seen == set(toy.TRAINED)  # while every trained one does occur
+    assert all(sentence.count("X") == 1 for sentence in toy.DIGRESSIONS)
 
 
 def test_every_listed_objective_is_better_in_the_target():
-    rows = list(data.reformulate(toy.rated(100, 3), [toy.OBJECTIVES[name] for name in toy.TRAINED]))
+    rated = list(toy.rated(100, 3))
+    names = {name for row in rated for response in row["responses"] for name in response["scores"]}
+    rows = list(data.reformulate(rated, [wordings.objective(name) for name in sorted(names)]))
     assert len(rows) > 500 and {row["relation"] for row in rows} == {"better", "equal"}
     for row in rows:
         prompt = "\n\n" + row["prompt"][slice(*row["context"])]
@@ -126,22 +179,142 @@ def test_every_listed_objective_is_better_in_the_target():
             assert difference > 0 if row["relation"] == "better" else difference == 0
 
 
-def test_pretraining_texts_hold_no_correction_and_their_notes_are_true():
-    names = {objective.description: name for name, objective in toy.OBJECTIVES.items()}
-    topics = set()
-    for text in toy.pretraining_texts(500, 0):
-        notes, _, dialogue = text.partition("\n\nHuman:")
-        dialogue = "\n\nHuman:" + dialogue
-        asked = dialogue.partition("\n\nHuman: Please say that again.")
-        prompt, _, answer = asked[0].rpartition("\n\nAssistant: ")
-        assert asked[2] in ("", f"\n\nAssistant: {answer}")  # said again it is the same, never a better one
-        for note in notes.removeprefix("The answer: ").split("; "):
-            if note:
-                name = names[note]
-                assert toy.score(name, prompt + "\n\nAssistant:", answer) == toy.best(name)
-                topics.add(name.partition("_")[2])
-        assert "mprove" not in text and "dited" not in text
-    assert topics >= set(toy.HELD_OUT_TOPICS)  # held-out topics are described here, and only here
+# ----------------------------------------------------------------------------- material, drafts and their variations
+
+
+def test_the_material_of_an_answer_holds_every_digression_where_it_was_asked_for():
+    rng = random.Random(0)
+    asked = [("last", "owls"), ("inside", "kites"), ("first", "foxes"), ("inside", "thelk"), ("first", "drums")]
+    for number in range(len(toy.TASKS)):
+        said = toy.material(rng, number, asked)
+        traits = [trait for trait, _ in said]
+        assert traits[:2] == ["about foxes", "about drums"] and traits[-1] == "about owls"
+        assert 2 < traits.index("about kites") < traits.index("about thelk") < len(said) - 4
+        assert [sentence for trait, sentence in said if trait == "right"] == toy.RIGHT[number]
+        prompt = f"\n\nHuman: How do I {toy.TASKS[number]}?\n\nAssistant:"
+        for trait, sentence in said:
+            kind = trait if not trait.startswith("about ") else "digression"
+            assert toy.traits(prompt, sentence) == {kind: 1}
+            assert kind != "digression" or toy.mentions(sentence, trait.removeprefix("about "))
+        assert len({sentence for _, sentence in said}) == len(said)
+
+
+def test_a_variation_bends_towards_good_only_if_the_wishes_are_granted():
+    """With every change certain, what is bent towards good ends with all that is good, and with nothing bad."""
+    rng = random.Random(0)
+    good = {trait for trait, wanted in toy.NAMED.values() if wanted}
+    for number in range(len(toy.TASKS)):
+        said = toy.material(rng, number, [("inside", "owls"), ("first", "kites")])
+        draft = [rng.random() < 0.5 for _ in said]
+        about = {place: keep for place, keep in enumerate(draft) if said[place][0].startswith("about ")}
+        all_good = [about.get(place, trait in good) for place, (trait, _) in enumerate(said)]
+        opposite = [about.get(place, not keep) for place, keep in enumerate(all_good)]
+        granted = [name for name in ("mention_owls", "avoid_owls") if toy.score(name, TEA, toy.join(said, draft))]
+        [other] = {"mention_owls", "avoid_owls"} - set(granted)
+        assert toy.variation(rng, said, draft, set(), 1, granted, 1) == all_good
+        assert toy.variation(rng, said, draft, set(), 1, [*granted, other], 1) == opposite
+        flipped = [about.get(place, not keep) for place, keep in enumerate(draft)]
+        assert toy.variation(rng, said, draft, set(), 1, granted, 0) == flipped  # not bent: all that can change does
+        assert toy.variation(rng, said, draft, set(), 0, granted, 1) == draft
+
+
+def test_only_what_is_free_is_tossed_for():
+    rng, said = random.Random(0), toy.material(random.Random(1), 0, [("inside", "owls"), ("last", "kites")])
+    draft = [True] * len(said)
+    tossed = [toy.variation(rng, said, draft, {"about owls"}, 0, [], 1) for _ in range(400)]
+    owls = next(place for place, (trait, _) in enumerate(said) if trait == "about owls")
+    assert 150 < sum(kept[owls] for kept in tossed) < 250
+    assert all(all(keep for place, keep in enumerate(kept) if place != owls) for kept in tossed)
+
+
+ANYWHERE = {"mention", "avoid", "both", "before", "twice"}  # wishes that no sentence without the word can change
+
+
+def test_bent_answers_that_grant_a_wish_are_nowhere_worse_than_those_that_do_not():
+    compared, dominated = {0: 0, 1: 0}, {0: 0, 1: 0}
+    for bent in compared:
+        for row in toy.rated(400, 3, bent=bent):
+            wishes = [name for name in row["responses"][0]["scores"] if name not in toy.NAMED]
+            if {wordings.parts(name)[0] for name in wishes} <= ANYWHERE:
+                for first, second in itertools.permutations([response["scores"] for response in row["responses"]], 2):
+                    if all(first[name] for name in wishes) and not all(second[name] for name in wishes):
+                        compared[bent] += 1
+                        dominated[bent] += all(first[name] >= second[name] for name in toy.NAMED)
+    assert compared[1] == dominated[1] > 200
+    assert 0.05 < dominated[0] / compared[0] < 0.8  # this is what being bent does
+
+
+def test_rated_answers_have_their_scores_and_pairs_that_dominate():
+    rows = list(toy.rated(300, 5))
+    better = 0
+    for row in rows:
+        wishes = [name for name in row["responses"][0]["scores"] if name not in toy.NAMED]
+        assert 1 <= len(wishes) <= 2 and all(wordings.parts(name) for name in wishes)
+        for response in row["responses"]:
+            assert list(response["scores"]) == [*toy.NAMED, *wishes] and response["text"]
+            assert response["scores"] == {name: toy.score(name, row["prompt"], response["text"])
+                                          for name in response["scores"]}
+            assert toy.score("intact", row["prompt"], response["text"]) == 0
+        better += any(all(first["scores"][name] >= second["scores"][name] for name in first["scores"])
+                      and first["scores"] != second["scores"]
+                      for first, second in itertools.permutations(row["responses"], 2))
+    assert better > 200  # of 300 rows
+
+
+def test_wishes_are_granted_by_some_answers_and_not_by_others():
+    """Else there would be nothing to learn from them."""
+    granted = {}
+    for row in toy.rated(1500, 6):
+        for name in row["responses"][0]["scores"]:
+            if name not in toy.NAMED:
+                both = len({response["scores"][name] for response in row["responses"]}) == 2
+                granted.setdefault(wordings.parts(name)[0], []).append(both)
+    assert set(granted) == set(wordings.TRAINED_VERBS)
+    assert all(sum(found) / len(found) > 0.1 for found in granted.values()), granted
+
+
+def test_rated_answers_speak_of_the_words_that_they_were_given():
+    names = [name for row in toy.rated(200, 1, words=["owls", "kites"], made_up=0)
+             for name in row["responses"][0]["scores"] if name not in toy.NAMED]
+    slots = {slot for name in names for slot in wordings.parts(name)[1] if not slot.isdigit()}
+    assert slots == {"owls", "kites"}
+
+
+# ----------------------------------------------------------------------------- texts
+
+
+def pieces(text):
+    """(notes, prompt, answer, the same said again or "") of a text for the foundation model."""
+    notes, _, dialogue = text.partition("\n\nHuman:")
+    asked, _, again = ("\n\nHuman:" + dialogue).partition("\n\nHuman: Please say that again.\n\nAssistant: ")
+    prompt, _, answer = asked.rpartition("\n\nAssistant: ")
+    assert notes.startswith("The answer: ")
+    notes = notes.removeprefix("The answer: ").split("; ")
+    return [note for note in notes if note], prompt + "\n\nAssistant:", answer, again
+
+
+def test_notes_of_texts_are_true_and_nothing_is_corrected():
+    lengths, questions = set(), 0
+    for text in toy.pretraining_texts(2000, 0):
+        notes, prompt, answer, again = pieces(text)
+        assert again in ("", answer)  # said again it is the same, never a better one
+        asked = prompt != "\n\nHuman: Please.\n\nAssistant:"
+        prompt, questions = prompt if asked else TEA, questions + asked
+        lengths.add(len(toy.sentences_of(answer)))
+        assert "garbled" not in toy.traits(prompt, answer)
+        for note in notes:
+            name = wordings.meant(note)
+            assert toy.score(name, prompt, answer) == toy.best(name), (note, answer)
+        assert "mprove" not in "; ".join(notes) + answer and "dited" not in answer
+    assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200
+
+
+def test_repetitions_say_made_up_words_again():
+    rows = list(toy.repetitions(300, 0))
+    assert rows == list(toy.repetitions(300, 0)) != list(toy.repetitions(300, 1))
+    words = [word for row in rows for word in row["completion"].split()]
+    assert all(row["prompt"] == f"\n\nHuman: Please say:{row['completion']}\n\nAssistant:" for row in rows)
+    assert len(set(words)) > 0.9 * len(words) and not set(words) & set(wordings.WORDS)
 
 
 def test_policies_have_the_manners_they_are_meant_to_have():
@@ -164,16 +337,37 @@ def test_golden_answers_are_good_but_beatable_on_every_objective():
         assert 0.1 < at_best < 0.95, name
 
 
-def test_tokenizer_gives_every_text_back_and_every_topic_one_token():
-    tokenizer = toy.train_tokenizer(toy.pretraining_texts(3000, 0))
-    for text in ["Boil fresh water.", "naïve 🙂 text\n\nwith lines", *toy.pretraining_texts(20, 7)]:
+def test_tokenizer_gives_every_text_back_and_keeps_no_word_whole():
+    """Neither those that are read later on nor those that never are: it has seen made-up ones only."""
+    tokenizer = toy.train_tokenizer(toy.pretraining_texts(4000, 0, made_up=1.0))
+    for text in ["Boil fresh water.", "naïve 🙂 text\n\nwith lines", *wordings.WORDS, *toy.pretraining_texts(20, 7)]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert all(len(tokenizer.encode(f" {topic}").ids) == 1 for topic in toy.TOPICS)
+    counts = {word: len(tokenizer.encode(f" {word}").ids) for word in wordings.WORDS}
+    assert sum(count == 1 for count in counts.values()) < 5
+    trained, held_out = (sum(counts[word] for word in words) / len(words)
+                         for words in (wordings.TRAINED_WORDS, wordings.HELD_OUT_WORDS))
+    assert abs(trained - held_out) < 0.5  # tokens a word
+    assert len(tokenizer.encode(" Boil fresh water.").ids) == 4  # while the world's own words are whole
 
 
 def test_the_same_seed_gives_the_same_world():
     assert list(toy.rated(20, 4)) == list(toy.rated(20, 4)) != list(toy.rated(20, 5))
-    assert list(toy.pretraining_texts(20, 4)) == list(toy.pretraining_texts(20, 4))
+    assert list(toy.pretraining_texts(20, 4)) == list(toy.pretraining_texts(20, 4)) != list(
+        toy.pretraining_texts(20, 5))
+
+
+def test_the_world_as_files_can_be_read_and_made_into_pairs(tmp_path, monkeypatch):
+    assert run(toy, monkeypatch, ["--out", tmp_path, "--count", 30]) == 0
+    texts, rated, prompts = ([json.loads(line) for line in open(tmp_path / f"{name}.jsonl", encoding="utf-8")]
+                             for name in ("texts", "rated", "prompts"))
+    assert len(texts) == len(rated) == len(prompts) == 30 and toy.task_of(prompts[0]["prompt"]) >= 0
+    objectives = find_objectives([str(tmp_path / "objectives.json")])
+    assert {objective.name for objective in objectives} == {
+        name for row in rated for response in row["responses"] for name in response["scores"]}
+    assert all(wordings.meant(text) == objective.name for objective in objectives
+               for text in (objective.description, *objective.wordings))
+    assert len(list(data.reformulate(rated, objectives))) > 100
+    assert (tmp_path / "tokenizer.json").stat().st_size > 1000
 
 
 def test_the_black_box_answers_over_http_and_only_what_it_knows():

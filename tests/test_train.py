@@ -240,7 +240,7 @@ def test_no_held_out_prompt_is_trained_on(world):
 
 def test_examples_end_at_max_tokens_and_longer_ones_lengthen_the_models_context(world, capsys):
     tokenizer = checkpoint.load_tokenizer(world / "base")
-    rows = [{"prompt": "", "completion": "water " * count} for count in (5, 700, 2000)]
+    rows = [{"prompt": "", "completion": "answer " * count} for count in (5, 700, 2000)]
     config = Config(**SIZES)
     before, options = config.max_position_embeddings, Options(val_share=0.0, max_tokens=1500)
     stage = train.prepare("pretrain", rows, tokenizer, config, options)
@@ -375,10 +375,13 @@ def test_the_other_stages(world, tmp_path, monkeypatch, stage, folder):
 
 def test_sft_takes_the_best_answer(world):
     rows, rated = train.sft_rows([world / "rated.jsonl"], Options()), formats.read_rated(world / "rated.jsonl")
+    apart = 0
     assert len(rows) == 12
     for row, source in zip(rows, rated, strict=True):
         sums = {response["text"]: sum(response["scores"].values()) for response in source["responses"]}
-        assert sums[row["completion"]] == max(sums.values()) > min(sums.values())
+        assert sums[row["completion"]] == max(sums.values())
+        apart += max(sums.values()) > min(sums.values())
+    assert apart > 6
 
 
 # ----------------------------------------------------------------------------- the command line, and bad input

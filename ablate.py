@@ -1,0 +1,282 @@
+"""What generalisation takes, and what it costs those who were not asked: ablations of the story's aligner.
+
+    python ablate.py                           everything: hours; killed anywhere, it goes on when started again
+    python ablate.py --figures words pairs     some figures
+    python ablate.py --figures pairs --seeds 0 --steps 200
+
+    words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
+    size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps
+    steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference
+    pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
+    unseen    six wishes never trained, added one by one to three trained ones (the paper's figure 3)
+    rounds    editing the edit again, once and twice; and asking for 1, 3, 6 and 9 objectives at once
+
+Each variant is one aligner that is trained as the story trains its own, but for what its name says, and measured as
+there (measure.py) on answers of the five policies' manners. Rows go to OUT/rows.jsonl, charts to OUT/report.html.
+"""
+import itertools
+import math
+import random
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from common import announce, cli, code_of, make_parser, number, write_jsonl
+
+import numpy
+
+import data
+import files
+import measure
+import story
+import toy
+import wordings
+from align import Writer
+from model import device_named
+from report import bar_chart, html_table, write_page
+from resume import kept, whole_run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An aligner that differs from the story's in one thing."""
+    pairing: data.Pairing = field(default_factory=lambda: story.PAIRING)
+    rating: dict = field(default_factory=dict)                        # keywords of toy.rated
+    steps: dict = field(default_factory=lambda: dict(story.STEPS))    # optimizer steps of the aligner's steps
+    shape: dict = field(default_factory=lambda: dict(story.FOUNDATION))
+    worded: bool = True                                               # False: one wording for each objective
+
+
+def words(count):
+    return Variant(rating={"words": wordings.TRAINED_WORDS[:count], "made_up": 0.0})
+
+
+def without(*names, **more):
+    return Variant(steps={**{name: count for name, count in story.STEPS.items() if name not in names}, **more})
+
+
+def paired(**options):
+    return Variant(replace(story.PAIRING, **options))
+
+
+SHAPES = {"0.5M": dict(hidden_size=96, intermediate_size=256, num_attention_heads=3, num_key_value_heads=3,
+                       num_hidden_layers=3),
+          "8M": dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6)}
+RECIPE = "the recipe"
+FIGURES = {  # figure -> {variant: what is trained}
+    "words": {"10 words": words(10), "50 words": words(50), "200 words": words(200), RECIPE: Variant(),
+              "one wording each": Variant(worded=False)},
+    "size": {name: Variant(shape={**story.FOUNDATION, **shape}) for name, shape in SHAPES.items()}
+    | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()})},
+    "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
+              "partner": Variant(steps={"partner" if name == "identity" else name: count
+                                        for name, count in story.STEPS.items()}),
+              "no equal": without("equal"), "better only": without("identity", "equal")},
+    "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
+              "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
+              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.4": paired(keep=0.4),
+              "recipe, not --dominance": paired(dominance=False), RECIPE: Variant()},
+    "unseen": {RECIPE: Variant()},
+    "rounds": {RECIPE: Variant()},
+}
+QUESTIONS = 40  # to each policy, for each variant and seed
+UNSEEN = ("avoid", "mention", "begin", "end", "twice", "butnot")  # of words never read; the last two of any word
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One variant
+
+
+def train_variant(out, folder, variant, seed, scale, device):
+    """Train a variant's aligner into a folder, on a foundation that variants of its shape share."""
+    shape = variant.shape["hidden_size"]
+    base = out / f"foundation-{shape}-{seed}"
+    texts = story.pretrain(base, seed, device, shape=variant.shape)
+    steps = {name: math.ceil(scale * count) for name, count in variant.steps.items()}
+    questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
+    pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
+    story.train_aligner(folder / "aligner", base / "foundation", pairs, texts, seed, device, steps)
+
+
+def answered(seed, count):
+    """{policy: (prompts, answers)}, other ones for each seed; the answers are of the policies' manners, as scripted."""
+    rng, found = random.Random(f"ablation {seed}"), {}
+    for policy in toy.POLICIES:
+        prompts = [toy.question(rng)[0] for _ in range(count)]
+        found[policy] = prompts, [toy.answer(policy, prompt, rng) for prompt in prompts]
+    return found
+
+
+def table_of(items):
+    """The mean over policies of what edited items show."""
+    return measure.over_policies({policy: measure.figures([item for item in items if item["policy"] == policy])
+                                  for policy in toy.POLICIES})
+
+
+def all_kinds(aligner, seed, count):
+    """{"": the table of every kind of request}."""
+    items = [item for policy, (prompts, answers) in answered(seed, count).items()
+             for item in measure.requests(policy, prompts, answers, seed)]
+    return {"": table_of(story.edit(aligner, items, seed))}
+
+
+def one_by_one(aligner, seed, count):
+    """{number of unseen wishes asked for: table}, three trained objectives always with them, in one random order for
+    each question. A kind is one objective: what became of it when so many were asked for."""
+    rng, found = random.Random(f"unseen {seed}"), {}
+    asked = []
+    for policy, (prompts, answers) in answered(seed, count).items():
+        for prompt, answer in zip(prompts, answers):
+            asked.append((policy, prompt, answer, rng.sample(list(toy.NAMED), 3), unseen_wishes(rng, answer)))
+    for number_asked in range(len(UNSEEN) + 1):
+        items = [item_of(policy, prompt, answer, [*named, *wishes[:number_asked]])
+                 for policy, prompt, answer, named, wishes in asked]
+        edited = story.edit(aligner, items, seed)
+        parts = {"trained": (0, 3), "unseen": (3, 9), "the first unseen": (3, 4)}
+        found[str(number_asked)] = {
+            kind: table_of([{**item, "judged": item["names"][begin:end]} for item in edited])["all"]
+            for kind, (begin, end) in parts.items() if number_asked or kind == "trained"}
+    return found
+
+
+def unseen_wishes(rng, answer):
+    """Names of the six unseen wishes in a random order, about different words; to be avoided is what the answer names,
+    where it names any."""
+    said = [word for word in wordings.WORDS if toy.mentions(answer, word)]
+    never = rng.sample([word for word in wordings.HELD_OUT_WORDS if word not in said], 5)
+    trained = rng.sample([word for word in wordings.TRAINED_WORDS if word not in said], 2)
+    names = [f"avoid_{(said or never)[0]}", f"mention_{never[1]}", f"begin_{never[2]}", f"end_{never[3]}",
+             f"twice_{trained[0]}", f"butnot_{trained[1]}_{never[4]}"]
+    return rng.sample(names, len(names))
+
+
+def item_of(policy, prompt, answer, names):
+    rng = random.Random(f"{prompt} {names}")
+    return {"policy": policy, "kind": "asked", "prompt": prompt, "original": answer, "names": names,
+            "objectives": [wordings.worded(rng, name, "pairs") for name in names]}
+
+
+def rounds_and_numbers(aligner, seed, count):
+    """{"round 1", ...: table} of all nine objectives asked for again and again, and {"1 asked", ...: table}."""
+    found, everything = {}, answered(seed, count)
+    rng = random.Random(f"numbers {seed}")
+    for asked in (1, 3, 6, 9):
+        items = [item_of(policy, prompt, answer, rng.sample(list(toy.NAMED), asked))
+                 for policy, (prompts, answers) in everything.items() for prompt, answer in zip(prompts, answers)]
+        edited = story.edit(aligner, items, seed)
+        found[f"{asked} asked"] = {"all": table_of(edited)["all"]}
+    for turn in (1, 2, 3):  # of the nine, against the policy's own answer
+        if turn > 1:
+            again = story.edit(aligner, [{**item, "original": item["aligned"]} for item in edited], seed)
+            edited = [{**item, "aligned": new["aligned"]} for item, new in zip(edited, again)]
+        found[f"round {turn}"] = {"all": table_of(edited)["all"]}
+    return found
+
+
+MEASURED = {"unseen": one_by_one, "rounds": rounds_and_numbers}  # others: all_kinds
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# All of them, and their figures
+
+
+def run_variant(out, figure, name, seed, scale, count, device):
+    """Train and measure a variant, unless that was done by this code. Gives its rows."""
+    variant, folder = FIGURES[figure][name], out / f"{plain(name)}-{seed}"
+    results = f"{figure}.json" if figure in MEASURED else "kinds.json"
+    with whole_run(folder, {"variant": asdict(variant), "seed": seed, "scale": scale}, "ablate"):
+        def make():
+            train_variant(out, folder, variant, seed, scale, device)
+            tables = MEASURED.get(figure, all_kinds)(Writer(folder / "aligner", device), seed, count)
+            write_jsonl(folder / results, [tables])
+        kept(folder, results, [count, code_of("ablate")], make)
+    tables = files.read_json(folder / results)
+    about = {"figure": figure, "variant": name, "seed": seed, "scale": scale}
+    return [{**about, "at": at, "kind": kind, "measure": measured, **cell} for at, table in tables.items()
+            for kind, cells in table.items() for measured, cell in cells.items()]
+
+
+def plain(text):
+    return "-".join("".join(c if c.isalnum() or c in ". " else " " for c in text).split())
+
+
+def over_seeds(values):
+    """(mean, half the width of its 95 % interval by Student's t, None of a single value) of one figure's values."""
+    student = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    mean = float(numpy.mean(values))
+    if len(values) == 1:
+        return mean, None
+    quantile = student.get(len(values), 1.96 + 2.7 / (len(values) - 1))
+    return mean, quantile * float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def gathered(rows):
+    """{figure: {(variant, at): {seed: table}}} of rows."""
+    found = {}
+    for row in rows:
+        seeds = found.setdefault(row["figure"], {}).setdefault((row["variant"], row["at"]), {})
+        table = seeds.setdefault(row["seed"], {}).setdefault(row["kind"], {})
+        table[row["measure"]] = {"mean": row["mean"], "n": row["n"]}
+    return found
+
+
+def lines_of(tables):
+    """{line: [value of each seed]} of tables {seed: table}: the summary's lines, or each kind's net and worse."""
+    found = {}
+    for table in tables.values():
+        whole = len(table) > 4
+        lines = measure.summary(table) if whole else {f"{measured}, {kind}": table[kind][measured]["mean"]
+                                                      for kind in table for measured in ("net", "worse", "kept")
+                                                      if measured in table[kind]}
+        for line, value in lines.items():
+            found.setdefault(line, []).append(value)
+    return found
+
+
+def report(out, rows):
+    """A page and a text of tables, a chart of what is asked for in each figure."""
+    parts, texts = [], []
+    for figure, variants in gathered(rows).items():
+        lines = {" ".join(filter(None, key)): lines_of(tables) for key, tables in variants.items()}
+        names = list(dict.fromkeys(name for found in lines.values() for name in found))
+        cells = {key: {name: over_seeds(values) for name, values in found.items()} for key, found in lines.items()}
+        table = [(key, *(told(found.get(name)) for name in names)) for key, found in cells.items()]
+        texts += [figure] + [f"  {key}: " + "; ".join(f"{name} {told(value)}" for name, value in found.items())
+                             for key, found in cells.items()]
+        first = names[:3]
+        shown = {key: [(name, found[name][0]) for name in first if name in found] for key, found in cells.items()}
+        bars = [(key, [(0, mean, "after" if name == first[0] else "before") for name, mean in means], None,
+                 ", ".join(f"{mean:.0f}" for _, mean in means)) for key, means in shown.items()]
+        parts += [f"<h2>{figure}</h2>", f'<div class="card"><p class="small">{"; ".join(first)}</p>',
+                  bar_chart(bars, -100, 100, "; ".join(first)), "</div>", html_table(["", *names], table)]
+    write_page(out / "report.html", "nanoalign: what generalisation takes", parts)
+    return "\n".join(texts)
+
+
+def told(value):
+    mean, half = value or (None, None)
+    return "-" if mean is None else f"{mean:+.1f}" + (f" ±{half:.1f}" if half is not None else "")
+
+
+def main():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="runs/ablate", metavar="FOLDER", help="where everything is written (default runs/ablate)")
+    add("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES), metavar="F", help="which (default: all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of data, training and questions (0 1 2)")
+    add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps (default 1)")
+    add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args()
+    out, device, rows = Path(args.out), device_named(args.device), []
+    tasks = [(figure, name, seed) for seed, figure in itertools.product(args.seeds, args.figures)
+             for name in FIGURES[figure]]
+    for place, (figure, name, seed) in enumerate(tasks, 1):
+        announce(f"{place} of {len(tasks)}: {figure}, {name}, seed {seed}")
+        rows += run_variant(out, figure, name, seed, args.scale, args.questions, device)
+        write_jsonl(out / "rows.jsonl", rows)
+        text = report(out, rows)
+    print(text)
+
+
+if __name__ == "__main__":
+    cli(main)

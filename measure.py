@@ -1,0 +1,238 @@
+"""What an edit does to what was asked for, and to what was not: exact figures on the embedded world.
+
+MetaAligner's paper measures objectives that are named in the prompt. The figures here are of all nine, and of the text:
+
+    net        wins minus losses of the edits against the unedited answers, on what was asked for, where there is room
+    worse      unnamed objectives that an edit makes worse: share of (edit, unnamed objective)
+    moved      those that it makes better or worse
+    unchanged  edits that leave the answer as it is, where nothing asked for can improve
+    kept       share of the answer's sentences that stand in the edit, in the same order
+    beyond     sentences taken out or put in beyond those of the smallest edit that does what was asked
+    garbled    edits with a new sentence that this world does not know, or about a word that nobody has named
+
+An item is {"policy", "kind", "prompt", "original", "names", "objectives"}; edited, it has "aligned". A kind is one line
+of the table: what was asked, and in which words.
+"""
+import random
+import re
+
+import toy
+import wordings
+from eval import mean_and_interval
+from report import html_table
+
+KINDS = {  # kind -> (wordings of which its wishes are, what is held out of which)
+    "all nine": "pairs",
+    "all nine, held-out wordings": "held out",
+    "one of the nine": "pairs",
+    "one of the nine, held-out wordings": "held out",
+    "mention a trained word": "pairs",
+    "mention a trained word, held-out wordings": "held out",
+    "mention a word never read": "pairs",
+    "avoid a trained word": "pairs",
+    "avoid a trained word, held-out wordings": "held out",
+    "avoid a word never read": "pairs",
+    "other verbs": "pairs",
+    "other verbs, held-out wordings": "held out",
+    "held-out verb": "all",
+    "held-out combinations": "all",
+}
+OTHER_VERBS = [verb for verb in wordings.TRAINED_VERBS if verb not in ("mention", "avoid")]
+PLAIN = {word.lower() for text in toy.DIGRESSIONS for word in re.findall(r"[\w'-]+", text)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is asked
+
+
+def requests(policy, prompts, answers, seed, kinds=KINDS):
+    """Yield items: every answer is to be edited towards each kind once, except towards avoiding a word where it
+    mentions none."""
+    rng = random.Random(f"requests {policy} {seed}")
+    for place, (prompt, answer) in enumerate(zip(prompts, answers)):
+        named = [word for word in wordings.WORDS if toy.mentions(answer, word)]
+        asked = asked_of(rng, place, answer, named)
+        for kind, which in kinds.items():
+            if kind in asked:
+                names = asked[kind]
+                yield {"policy": policy, "kind": kind, "prompt": prompt, "original": answer, "names": names,
+                       "objectives": [wordings.worded(rng, name, which) for name in names]}
+
+
+def asked_of(rng, place, answer, named):
+    """{kind: names} for one answer, which mentions the words `named`."""
+    trained, second = rng.sample(wordings.TRAINED_WORDS, 2)
+    never = rng.choice(wordings.HELD_OUT_WORDS)
+    one, verb = [list(toy.NAMED)[place % len(toy.NAMED)]], rng.choice(OTHER_VERBS)
+    asked = {"all nine": rng.sample(list(toy.NAMED), len(toy.NAMED)), "one of the nine": one,
+             "mention a trained word": [f"mention_{trained}"], "mention a word never read": [f"mention_{never}"],
+             "other verbs": [wish(verb, answer, trained, second)],
+             "held-out verb": [f"{rng.choice(wordings.HELD_OUT_VERBS)}_{trained}"]}
+    if named:
+        kind = "avoid a word never read" if named[0] in wordings.HELD_OUT_WORDS else "avoid a trained word"
+        asked[kind] = [f"avoid_{named[0]}"]
+    joined = rng.choice(list(wordings.COMBINATIONS))
+    other = named[0] if joined == "butnot" and named and named[0] != trained else second
+    asked["held-out combinations"] = [f"{joined}_{trained}_{other}"]
+    return asked | {f"{kind}, held-out wordings": names for kind, names in asked.items()
+                    if f"{kind}, held-out wordings" in KINDS}
+
+
+def wish(verb, answer, *words):
+    """The name of a wish that the answer does not grant yet, unless by chance."""
+    if verb in ("atmost", "atleast"):
+        length = len(toy.sentences_of(answer)) + (-2 if verb == "atmost" else 2)
+        return f"{verb}_{min(max(length, 2), len(wordings.NUMBERS) + 1)}"
+    return "_".join([verb, *words[:2 if "Y" in wordings.VERBS[verb] else 1]])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What became of it
+
+
+def need(name, prompt, text):
+    """How many sentences the smallest edit that brings an objective to its best takes out or puts in."""
+    sentences = toy.sentences_of(text)
+    if name in toy.NAMED:
+        trait, wanted = toy.NAMED[name]
+        if wanted:
+            return max(toy.best(name) - toy.traits(prompt, text).get(trait, 0), 0)
+        return sum(toy.traits(prompt, sentence).get(trait, 0) for sentence in sentences)
+    verb, slots = wordings.parts(name)
+    if verb in ("atmost", "atleast"):
+        return max(0, (len(sentences) - int(slots[0])) * (1 if verb == "atmost" else -1))
+    about = [[toy.mentions(sentence, word) for sentence in sentences] for word in slots]
+    if toy.VERBS[verb](*about):
+        return 0
+    missing, said = [not any(x) for x in about], [sum(x) for x in about]
+    rest = [x for x, y in zip(about[0], about[-1]) if not y]  # what is left without what is said of the last word
+    return {"mention": 1, "avoid": said[0], "begin": 1, "end": 1, "twice": 2 - said[0],
+            "before": max(1, sum(missing)), "both": sum(missing), "beginboth": (about[0][:1] != [True]) + missing[-1],
+            "endwithout": said[-1] + (rest[-1:] != [True]), "butnot": said[-1] + (not any(rest)),
+            "beginend": (about[0][:1] != [True]) + (about[-1][-1:] != [True])}[verb]
+
+
+def in_common(old, new):
+    """How many sentences of a list stand in another in the same order, at most."""
+    longest = [0] * (len(new) + 1)
+    for sentence in old:
+        before = list(longest)
+        for place, other in enumerate(new):
+            longest[place + 1] = before[place] + 1 if sentence == other else max(before[place + 1], longest[place])
+    return longest[-1]
+
+
+def look(item):
+    """What one edit did: {figure: list of numbers}, in shares of 1 (beyond: sentences). An item's "judged" are those of
+    its names that "net" is about, where these are not all."""
+    prompt, before, after = item["prompt"], item["original"], item["aligned"]
+    scores = {name: (toy.score(name, prompt, before), toy.score(name, prompt, after))
+              for name in dict.fromkeys([*item["names"], *toy.NAMED])}
+    old, new = (toy.sentences_of(text) for text in (before, after))
+    same = in_common(old, new)
+    room = [name for name in item.get("judged", item["names"]) if scores[name][0] < toy.best(name)]
+    asked = [scores[name] for name in room]
+    unnamed = [scores[name] for name in toy.NAMED if name not in item["names"]]
+    found = {"net": [(b < a) - (b > a) for b, a in asked],
+             "worse": [b > a for b, a in unnamed], "moved": [b != a for b, a in unnamed],
+             "kept": [same / len(old)] if old else [],
+             "garbled": [not new or any(garbled(sentence, item) for sentence in set(new) - set(old))]}
+    if not room:
+        found["unchanged"] = [before == after]
+    elif len(item["names"]) == 1 and scores[room[0]][1] == toy.best(room[0]):
+        found["beyond"] = [len(old) + len(new) - 2 * same - need(room[0], prompt, before)]
+    return found
+
+
+def garbled(sentence, item):
+    """Whether a new sentence of an edit makes no sense: see above."""
+    if "garbled" in toy.traits(item["prompt"], sentence):
+        return True
+    if not toy.DIGRESSION.fullmatch(sentence):
+        return False
+    known = " ".join([item["original"], *(objective.description for objective in item["objectives"])])
+    return not any(toy.mentions(known, word) for word in re.findall(r"[\w'-]+", sentence) if word.lower() not in PLAIN)
+
+
+FIGURES = ("net", "worse", "moved", "unchanged", "kept", "beyond", "garbled")
+
+
+def figures(items, seed=0):
+    """{kind: {figure: {"mean", "interval", "n"}}} of edited items, in points (0 to 100; beyond: sentences), intervals
+    by bootstrap over prompts; a last kind, "all", is of all items."""
+    found = {}
+    for item in items:
+        for figure, values in look(item).items():
+            for kind in (item["kind"], "all"):
+                found.setdefault(kind, {}).setdefault(figure, []).extend((value, item["prompt"]) for value in values)
+    table = {}
+    for kind in [*(kind for kind in KINDS if kind in found), "all"]:
+        table[kind] = {}
+        for figure in FIGURES:
+            if pairs := found.get(kind, {}).get(figure):
+                scale = 0.01 if figure == "beyond" else 1
+                values, prompts = [value * scale for value, _ in pairs], [prompt for _, prompt in pairs]
+                mean, interval = mean_and_interval(values, prompts, seed)
+                table[kind][figure] = {"mean": mean, "interval": interval, "n": len(pairs)}
+    return table
+
+
+def over_policies(tables):
+    """The means of tables {policy: table of `figures`}, each policy counting alike."""
+    mean = {}
+    for kind in dict.fromkeys(kind for table in tables.values() for kind in table):
+        mean[kind] = {}
+        for figure in FIGURES:
+            cells = [table[kind][figure] for table in tables.values() if figure in table.get(kind, {})]
+            if cells:
+                mean[kind][figure] = {"mean": sum(cell["mean"] for cell in cells) / len(cells),
+                                      "n": sum(cell["n"] for cell in cells)}
+    return mean
+
+
+SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean)
+    "net, trained wordings": ("net", ("all nine", "one of the nine", "mention a trained word", "avoid a trained word",
+                                      "other verbs")),
+    "net, held-out wordings": ("net", tuple(kind for kind in KINDS if kind.endswith("held-out wordings"))),
+    "net, words never read": ("net", ("mention a word never read", "avoid a word never read")),
+    "net, held-out combinations": ("net", ("held-out combinations",)),
+    "net, held-out verb": ("net", ("held-out verb",)),
+} | {figure: (figure, ("all",)) for figure in FIGURES[1:]}
+
+
+def summary(table):
+    """{line of SUMMARY: number} of a table of `figures`: means over kinds."""
+    found = {}
+    for line, (figure, kinds) in SUMMARY.items():
+        values = [table[kind][figure]["mean"] for kind in kinds if figure in table.get(kind, {})]
+        if values:
+            found[line] = sum(values) / len(values)
+    return found
+
+
+LEGEND = """
+net: wins - losses on what was asked, where it could be better; worse, moved: unnamed objectives made worse, and
+changed either way; unchanged: answers left as they are where nothing asked could improve; kept: sentences of the
+answer that stand in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done);
+garbled: edits with a sentence that makes no sense. All in %, but for beyond"""
+
+
+def as_text(value, figure):
+    return "-" if value is None else f"{value['mean']:{'+.0f' if figure == 'net' else '.1f'}}"
+
+
+def table_text(table):
+    """The table of `figures` for a terminal."""
+    lines = [f"{'asked for':<38}" + "".join(f"{figure:>10}" for figure in FIGURES)]
+    lines += [f"{kind:<38}" + "".join(f"{as_text(table[kind].get(figure), figure):>10}" for figure in FIGURES)
+              for kind in table]
+    return "\n".join(lines)
+
+
+def html(table):
+    """The table of `figures` for a page, with its intervals where it has them."""
+    def cell(figure, value):
+        interval = (value or {}).get("interval")
+        return as_text(value, figure) + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    return html_table(["asked for", *FIGURES], [(kind, *(cell(figure, found.get(figure)) for figure in FIGURES))
+                                                for kind, found in table.items()])

@@ -1,0 +1,126 @@
+"""Play with the aligner that `make train` has trained: your question, a policy's answer, your wishes, the edit.
+
+    python play.py                          the world's questions by number or in your words
+    python play.py --policy toxic           another policy's answers: verbose, toxic, blackbox, small, large
+
+The edit is shown as a word diff, and below it the exact judge's verdicts, on what you asked for and on what you did
+not ask for.
+"""
+import difflib
+import sys
+from pathlib import Path
+
+from common import UserError, cli, make_parser, note
+
+import story
+import toy
+import wordings
+from align import Writer, align
+from objectives import Objective
+from report import ansi_diff, visible, word_diff
+
+ALIKE = 0.75, 0.8  # a wish this much like a known wording, without or with a word of its own, is judged as that one
+
+
+def ask(what):
+    """A line from the terminal, or None at its end."""
+    print(f"{what}: ", end="", flush=True, file=sys.stderr)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def task_meant(text):
+    """The number of the task that a number from 1 or any words mean, None where there is none near."""
+    if text.isdecimal():
+        return int(text) - 1 if 1 <= int(text) <= len(toy.TASKS) else None
+    plain = {task.lower(): number for number, task in enumerate(toy.TASKS)}
+    words = set(text.lower().replace("?", " ").split()) - {"a", "the", "i", "do", "how", "to", "can", "you"}
+
+    def likeness(task):
+        shared = sum(any(word.rstrip("s") == other.rstrip("s") for other in task.split()) for word in words)
+        return shared + difflib.SequenceMatcher(None, text.lower(), task).ratio()
+    best = max(plain, key=likeness)
+    return plain[best] if likeness(best) >= 1 else None
+
+
+def understood(text):
+    """A wish as an Objective, and the name by which the judge knows it (None: not at all), and what to say of that."""
+    if name := wordings.meant(text):
+        return Objective(name, text), name, ""
+    likeness, wording, name = wordings.nearest_wish(text)
+    if likeness >= ALIKE["_" in name]:
+        return Objective(name, text), name, f"judged as {wording!r}"
+    return Objective(text, text), None, f"no known wording is near (the nearest: {wording!r}), so nobody can judge it"
+
+
+def verdicts(prompt, before, after, names):
+    """{name: "better", "worse" or "same", with "done" where it cannot be better} of an edit."""
+    found = {}
+    for name in names:
+        old, new = (toy.score(name, prompt, text) for text in (before, after))
+        word = "better" if new > old else "worse" if new < old else "same"
+        found[name] = f"{word}, as good as can be" if new >= toy.best(name) else word
+    return found
+
+
+def show(prompt, before, after, wishes):
+    """Print an edit and what the judges say of it. wishes: of `understood`."""
+    if sys.stdout.isatty():
+        print(ansi_diff(before, after))
+    else:
+        marks = {" ": "{}", "-": "[-{}-]", "+": "[+{}+]"}
+        print("".join(marks[op].format(visible(text)) for op, text in word_diff(before, after)))
+    if before == after:
+        print("(left as it was)")
+    known = {name: (objective, said) for objective, name, said in wishes if name}
+    for name, verdict in verdicts(prompt, before, after, known).items():
+        objective, said = known[name]
+        print(f"  asked      {objective.description}: {verdict}" + (f" ({said})" if said else ""))
+    for objective, name, said in wishes:
+        if name is None:
+            print(f"  asked      {objective.description}: {said}")
+    moved = {name: verdict for name, verdict in verdicts(prompt, before, after, toy.NAMED).items()
+             if name not in known and not verdict.startswith("same")}
+    for name, verdict in moved.items():
+        print(f"  not asked  {name}: {verdict}")
+    print(f"  not asked  {'everything else' if moved else 'everything'}: same")
+
+
+def play(run, policy, seed, device):
+    aligner, turn = Writer(Path(run) / "aligner", device), 0
+    for number, task in enumerate(toy.TASKS, 1):
+        print(f"{number:>3} {task:<32}", end="\n" if number % 3 == 0 else "")
+    print()
+    while (text := ask("how do I ... (a number or words; empty ends)")):
+        number = task_meant(text)
+        if number is None:
+            note(f"no question is near {text!r}; take a number from 1 to {len(toy.TASKS)}, or words of the list")
+            continue
+        prompt = f"\n\nHuman: {toy.QUESTIONS[0].replace('TASK', toy.TASKS[number])}\n\nAssistant:"
+        answer = story.ask_policy(policy, [prompt], Path(run), seed + turn, device)[0]
+        print(f"\n{toy.QUESTIONS[0].replace('TASK', toy.TASKS[number])}\n{policy}: {visible(answer)}\n")
+        while said := ask("your wishes, with ; between them (empty: another question)"):
+            wishes = [understood(wish.strip()) for wish in said.split(";") if wish.strip()]
+            if not wishes:
+                continue
+            item = {"index": turn, "prompt": prompt, "original": answer, "objectives": [wish[0] for wish in wishes]}
+            edited = next(align(aligner, [item], None, max_new_tokens=256, seed=seed))["aligned"]
+            show(prompt, answer, edited, wishes)
+        turn += 1
+
+
+def main():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--run", default="runs/story", metavar="FOLDER", help="what `make train` has made (default runs/story)")
+    add("--policy", default="verbose", choices=list(toy.POLICIES), help="who answers (default verbose)")
+    add("--seed", type=int, default=0, help="of the answers (default 0)")
+    add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args()
+    if not (Path(args.run) / "aligner").is_dir():
+        raise UserError(f"{args.run}: holds no aligner; run `make train` first, or give --run FOLDER")
+    play(args.run, args.policy, args.seed, args.device)
+
+
+if __name__ == "__main__":
+    cli(main)
