@@ -34,15 +34,15 @@ FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, n
                   max_position_embeddings=1024)
 SMALL = {**FOUNDATION, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
          "num_key_value_heads": 3}
-SMALL_STEPS = 240  # it starts from nothing; the large policy, which starts from the foundation, takes 100
+SMALL_STEPS = 300  # it starts from nothing; the large policy, which starts from the foundation, takes 100
 COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=100, save_seconds=60.0)
 PRETRAIN = train.Options(lr=3e-3, batch=32, **COMMON)
-READING = {"words": 160, "texts": 720}  # optimizer steps of what the foundation reads
+READING = {"words": 240, "texts": 720}  # optimizer steps of what the foundation reads
 POLICY = train.Options(lr=3e-3, batch=32, max_steps=100, **COMMON)
 ALIGNER = train.Options(lr=3e-3, batch=32, warmup_data=0.5, **COMMON)
-STEPS = {"identity": 40, "equal": 10, "better": 620}  # optimizer steps of the aligner's three steps
-PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.1)
-QUESTIONS = 5200                                      # rated for the aligner's pairs
+STEPS = {"identity": 40, "equal": 10, "better": 880}  # optimizer steps of the aligner's three steps
+PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.15)
+QUESTIONS = 7000                                      # rated for the aligner's pairs
 REPLAY = 0.15                                         # share of pretraining texts in the aligner's batches
 PROMPTS = 64                                          # questions to each policy
 
@@ -60,7 +60,8 @@ def pretrain(out, seed, device, steps=READING, shape=FOUNDATION):
         if part == "words":
             return list(toy.repetitions(count, seed))
         return [{"prompt": "", "completion": text} for text in toy.pretraining_texts(count, seed)]
-    tokenizer = toy.train_tokenizer(toy.pretraining_texts(8000, seed, made_up=1.0))
+    notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
+    tokenizer = toy.train_tokenizer(notes, 1536, toy.phrases())
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = Llama(Config(vocab_size=vocabulary, **shape), seed).to(device)
     options, rows = replace(PRETRAIN, seed=seed), {part: rows_of(part) for part in steps}
@@ -77,7 +78,7 @@ def train_policies(out, foundation, seed, device):
         rng = random.Random(f"{name} {seed}")
         options = replace(POLICY, seed=seed, max_steps=SMALL_STEPS if name == "small" else POLICY.max_steps)
         prompts = [toy.question(rng)[0] for _ in range(options.batch * options.max_steps)]
-        rows = [{"prompt": prompt, "completion": toy.answer(name, prompt, rng)} for prompt in prompts]
+        rows = [{"prompt": prompt, "completion": f" {toy.answer(name, prompt, rng)}"} for prompt in prompts]
         base = checkpoint.load(foundation, device=device)
         if name == "small":
             base = Llama(Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
@@ -96,7 +97,7 @@ def write_pairs(out, seed, pairing=PAIRING, questions=QUESTIONS, worded=True, **
     pairs = data.reformulate(rows, objectives, replace(pairing, seed=seed),
                              ceiling={name: toy.best(name) for name in names})
     write_jsonl(out / "rated.jsonl", rows)
-    write_jsonl(out / "pairs.jsonl", pairs)
+    write_jsonl(out / "pairs.jsonl", ({**pair, "completion": f" {pair['completion']}"} for pair in pairs))
     return out / "pairs.jsonl"
 
 

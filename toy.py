@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common import UserError, cli, write_jsonl
 import wordings
+from data import TEMPLATE, split_template
 from objectives import Objective, nearest, plain_name
 from wordings import HELD_OUT_WORDS, TRAINED_WORDS, any_word
 
@@ -472,15 +473,28 @@ def whole_text(rng, made_up):
     return f"The answer: {notes}{prompt} {text}{again}"
 
 
-def train_tokenizer(texts, size=3072):
-    """A byte-level BPE tokenizer trained on texts; ids 0 and 1 are <s> and </s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def phrases():
+    """What this world says over and over: its sentences, with a word left out of those about a word, its questions and
+    what stands around them. As tokens of their own they make an answer a dozen tokens long, and training as cheap."""
+    texts = [f" {sentence}" for sentence in STEP.keys() | TRAIT_OF.keys()] + [f" {task}" for task in TASKS]
+    parts = [part for text in DIGRESSIONS for part in f" {text}".split(" X")]
+    parts += [part for text in QUESTIONS for part in f" {text}".split(" TASK")]
+    around = [" Human:", "\n\nHuman:", "\n\nAssistant:", "The answer:", " Please."]
+    around += [part.rstrip(" ") for text in TEMPLATE.values() for part in split_template(text)]
+    around += [f" {text}" for turn in GREETINGS for text in turn]
+    return sorted({text for text in texts + parts + around if len(text) > 1})
+
+
+def train_tokenizer(texts, size=3072, phrases=()):
+    """A byte-level BPE tokenizer trained on texts; ids 0 and 1 are <s> and </s>. phrases: texts that are one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in phrases])
     return tokenizer
 
 
