@@ -97,8 +97,15 @@ def write_pairs(out, seed, pairing=PAIRING, questions=QUESTIONS, worded=True, **
     pairs = data.reformulate(rows, objectives, replace(pairing, seed=seed),
                              ceiling={name: toy.best(name) for name in names})
     write_jsonl(out / "rated.jsonl", rows)
-    write_jsonl(out / "pairs.jsonl", ({**pair, "completion": f" {pair['completion']}"} for pair in pairs))
+    write_jsonl(out / "pairs.jsonl", map(after_a_space, pairs))
     return out / "pairs.jsonl"
+
+
+def after_a_space(pair):
+    """A pair whose target begins with a space, as the answer in its prompt does: so a sentence is the same token in
+    both, wherever it stands."""
+    begin, end = pair["answer"]
+    return {**pair, "completion": f" {pair['completion']}", "answer": [begin - 1, end]}
 
 
 def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS):

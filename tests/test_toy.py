@@ -350,6 +350,17 @@ def test_tokenizer_gives_every_text_back_and_keeps_no_word_whole():
     assert len(tokenizer.encode(" Boil fresh water.").ids) == 4  # while the world's own words are whole
 
 
+def test_phrases_are_one_token_each_and_texts_come_back():
+    notes = [text.partition("\n\n")[0] for text in toy.pretraining_texts(500, 0, made_up=1.0)]
+    tokenizer = toy.train_tokenizer(notes, 700, toy.phrases())
+    for text in [*toy.pretraining_texts(200, 7), "naïve 🙂 Boil fresh water. Boil fresh water", " Boil fresh water.!"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    for sentence in toy.STEP.keys() | toy.TRAIT_OF.keys():
+        assert len(tokenizer.encode(f" {sentence}").ids) == 1
+    assert len(tokenizer.encode(toy.question(random.Random(0))[0]).ids) < 12
+    assert not any(toy.mentions(phrase, word) for phrase in toy.phrases() for word in wordings.WORDS)
+
+
 def test_the_same_seed_gives_the_same_world():
     assert list(toy.rated(20, 4)) == list(toy.rated(20, 4)) != list(toy.rated(20, 5))
     assert list(toy.pretraining_texts(20, 4)) == list(toy.pretraining_texts(20, 4)) != list(
