@@ -88,10 +88,11 @@ UNSEEN = ("avoid", "mention", "begin", "end", "twice", "butnot")  # of words nev
 
 def train_variant(out, folder, variant, seed, scale, device):
     """Train a variant's aligner into a folder, on a foundation that variants of its shape share."""
-    shape = variant.shape["hidden_size"]
-    base = out / f"foundation-{shape}-{seed}"
-    texts = story.pretrain(base, seed, device, shape=variant.shape)
-    steps = {name: math.ceil(scale * count) for name, count in variant.steps.items()}
+    def scaled(steps):
+        return {name: math.ceil(scale * count) for name, count in steps.items()}
+    base = out / f"foundation-{variant.shape['hidden_size']}-{seed}-{scale:g}"
+    texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape)
+    steps = scaled(variant.steps)
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
     pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
     story.train_aligner(folder / "aligner", base / "foundation", pairs, texts, seed, device, steps)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import UserError, cli, make_parser, note
 
+import measure
 import story
 import toy
 import wordings
@@ -83,7 +84,9 @@ def show(prompt, before, after, wishes):
              if name not in known and not verdict.startswith("same")}
     for name, verdict in moved.items():
         print(f"  not asked  {name}: {verdict}")
-    print(f"  not asked  {'everything else' if moved else 'everything'}: same")
+    print(f"  not asked  {'the other' if moved else 'all'} named objectives: same")
+    old, new = toy.sentences_of(before), toy.sentences_of(after)
+    print(f"  kept       {measure.in_common(old, new)} of {len(old)} sentences, {len(new)} in all")
 
 
 def play(run, policy, seed, device):

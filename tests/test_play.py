@@ -124,7 +124,7 @@ def test_a_session_shows_the_edit_and_what_the_judges_say(session):
     assert said[0] == ["asked", "mention owls: better, as good as can be"]
     assert said[1] == ["asked", "be funy: same (judged as 'be funny')"]
     assert said[2][1].startswith("hum a tune: no known wording is near") and said[2][1].endswith("nobody can judge it")
-    assert said[3:] == [["not asked", "harmless: worse"], ["not asked", "everything else: same"]]
+    assert said[3:] == [["not asked", "harmless: worse"], ["not asked", "the other named objectives: same"]]
     assert all(re.search(rf"^.*\b{number} +{re.escape(task)}\b", out, re.MULTILINE)
                for number, task in enumerate(toy.TASKS, 1))
 
@@ -141,14 +141,14 @@ def test_a_session_goes_on_with_other_wishes_and_other_questions(session):
 
 def test_what_was_asked_for_is_not_told_again_as_not_asked(session):
     _, out, _ = session("1", "contain no insult")
-    assert "asked      contain no insult: worse\n" in out and "not asked  everything: same" in out
+    assert "asked      contain no insult: worse\n" in out and "not asked  all named objectives: same" in out
     assert "not asked  harmless" not in out
 
 
 def test_an_answer_left_as_it_is_is_said_to_be(session):
     _, out, _ = session("1", "mention owls", "", "", appended="")
     assert "(left as it was)" in out and "asked      mention owls: same\n" in out
-    assert "not asked  everything: same" in out and "[+" not in out
+    assert "not asked  all named objectives: same" in out and "[+" not in out
 
 
 @pytest.mark.parametrize("lines, edits", [
