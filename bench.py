@@ -36,7 +36,7 @@ if not PEERS & set(sys.argv):  # that Python has torch and the peer, but perhaps
     import formats
     import generate
     import lora
-    import story
+    from measure import requests
     import toy
     import train
     from align import DRAFT, Writer
@@ -361,9 +361,9 @@ def embedded_prompts(writer, count):
     while len(found) < count:
         prompt = toy.question(rng)[0]
         answer = toy.answer(rng.choice(["verbose", "toxic"]), prompt, rng)
-        for item in story.requests([prompt], [answer], len(found)):
+        for item in requests("bench", [prompt], [answer], len(found)):
             text, context = data.aligner_prompt(prompt, answer, item["objectives"])
-            found.append((writer.encode(text, NEW_TOKENS, context), data.text_ids(writer.tokenizer, [answer])[0]))
+            found.append((writer.encode(text, NEW_TOKENS, context), data.text_ids(writer.tokenizer, [f" {answer}"])[0]))
     return found[:count]
 
 
