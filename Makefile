@@ -9,13 +9,13 @@ OBJECTIVES ?=
 POLICY     ?=
 # Not empty: begin again where the folder holds another run.
 OVERWRITE  ?=
-# More options for ablate.py.
+# More options for ablate.py and compare.py.
 ARGS       ?=
 # A Python that has transformers, datasets and trl, to be timed beside ours.
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif play ablate test quick campaign lint align eval bench clean clean-runs
+.PHONY: help setup train morlaif play ablate compare test quick campaign lint align eval bench clean clean-runs
 
 help:   ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -45,6 +45,9 @@ play: setup  ## your own wishes, edited by the aligner of `make train`, and what
 
 ablate: setup  ## what following anybody's words takes, and what it costs: hours; goes on after a kill; ARGS="--seeds 0"
 	$(PY) ablate.py $(ARGS)
+
+compare: setup  ## the rivals of both papers, measured: an hour and more, goes on after a kill; QUICK=1: eight of them
+	$(PY) compare.py $(if $(QUICK),--quick) $(ARGS)
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
 	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \

@@ -258,8 +258,8 @@ def save_weights(llama, folder):
                       label2id={f"LABEL_{i}": i for i in range(labels)})
     write_tensors(folder / "model.safetensors", weights)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    for name in (*ADAPTER, CONTEXT):  # which would be loaded instead
-        (folder / name).unlink(missing_ok=True)
+    for other in (*(folder / name for name in (*ADAPTER, CONTEXT)), *folder.glob("*.index.json")):
+        other.unlink(missing_ok=True)  # it would be loaded instead
 
 
 def write_tensors(path, weights):

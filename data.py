@@ -13,7 +13,8 @@ The rows that flow through the project are dicts, and lines of JSON Lines files 
                 context and answer: [start, end] in the prompt                               equal, better
     completion  prompt, completion, context?                      formats.read_completions   train sft
     preference  prompt, response_a, response_b, principle,        feedback label,            train reward, train dpo,
-                p_a: probability that response_a is better        formats.read_preferences   reward train and score
+                p_a: probability that response_a is better, gap?: formats.read_preferences,  reward train and score
+                by how much its score is higher                   methods.scored_rows
     text        text                                              toy                        train pretrain
     aligned     prompt, original, aligned, golden?, objectives:   align                      eval, and as rated
                 ["name: description"]
@@ -243,6 +244,7 @@ class Example:
     """What a loss sees at once: one document, or the two of a pair."""
     documents: list  # of Document
     label: float = 1.0  # of a pair: the probability that the first is the better one
+    gap: float = 0.0    # of a pair of rated responses: by how much the first one's score is higher
     ref_logprobs: list | None = None  # of the completions under the reference, where a method needs them
 
 
@@ -318,7 +320,7 @@ def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):
                 if None in documents:
                     dropped += 1
                 else:
-                    examples.append(Example(documents, 1.0 if "completion" in row else row["p_a"]))
+                    examples.append(Example(documents, 1.0 if "completion" in row else row["p_a"], row.get("gap", 0.0)))
             bar.update(len(chunk))
     return examples, dropped
 

@@ -4,6 +4,7 @@ examples:
   python train.py pretrain --model FOLDER --data texts.jsonl --out base
   python train.py sft      --model base --data answers.jsonl --out policy
   python train.py dpo      --model policy --data preferences.jsonl --out better --lr 1e-6 --batch 64
+  python train.py ipo      --model policy --data rated.jsonl --weights helpful=0.7,honest=0.3 --out better
   python train.py aligner  --model base --data pairs.jsonl --out aligner
 
 FOLDER is a Hugging Face Llama folder; for pretrain, one with config.json and tokenizer.json alone starts from scratch.
@@ -11,7 +12,7 @@ pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity
 the three steps of MetaAligner. Every run writes OUT/metrics.jsonl, a row per step, and OUT/run.json, what was asked for
 and what came of it; after a kill, --resume goes on. A folder with another run is refused; --overwrite replaces that.
 """
-# A method is one data function and one loss function: METHODS lists them. The rest, from bf16 and accumulation to
+# A method is one data function and one loss function: methods.py lists them. The rest, from bf16 and accumulation to
 # resuming, is `train`, read from top to bottom. A step is `batch` examples, cut into micro-batches of at most
 # `micro_tokens` tokens, packed without padding. Which examples a step holds depends on the seed and the step's number
 # alone: that is why a resumed run repeats a killed one.
@@ -29,10 +30,10 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import files
 import formats
-import losses
+import methods
 from lora import add_lora
+from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
 from resume import Run, read_metrics
 
@@ -60,112 +61,17 @@ class Options:
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass: less memory", free=True)
     seed: int = option(0, "orders the examples", 0, 2**60)
     # Of some methods alone, which name them in METHODS:
-    beta: float = option(0.1, "dpo: how strongly the policy is held to the reference", 1e-9, 1e9)
-    principle: str = option("", "dpo, reward: on which principle, where the data compare responses on several")
+    beta: float = option(0.1, "dpo and its family: how strongly the policy is held to the reference (simpo, which has "
+                          "none: the scale of a token's log-probability, usually 2 or more)", 1e-9, 1e9)
+    principle: str = option("", "pairs: on which principle, where the data compare responses on several")
+    weights: str = option("", "rated answers: on which objectives, and how they are joined: helpful=0.7,honest=0.3")
+    temperature: float = option(1.0, "with --weights: labels are sigmoid(difference / this); 0: certain", 0, 1e9)
+    label_smoothing: float = option(0.0, "dpo: share of labels taken as wrong (cDPO); robust: share known to be wrong",
+                                    0, 0.49)
+    margin: float = option(1.0, "simpo: log-odds by which the better response is to lead (the paper's gamma)", 0, 1e6)
+    sft_coef: float = option(0.005, "rpo: weight of the better response's likelihood", 0, 1e6)
+    odds_coef: float = option(0.1, "orpo: weight of the odds ratio beside the likelihood", 0, 1e6)
     warmup_data: float = option(0.1, "aligner: part of the equal-preference pairs that the warm-up step takes", 0, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Data functions: files to rows (see the table of rows in data.py). A text is a row with an empty prompt.
-
-
-def pretrain_rows(paths, options):
-    """Next-token prediction on whole texts."""
-    return [{"prompt": "", "completion": text} for path in paths for text in formats.read_texts(path)]
-
-
-def sft_rows(paths, options):
-    """Supervised fine-tuning: a prompt's completion, or the best-rated response of preference data."""
-    return formats.read_all(paths, formats.read_completions)
-
-
-def equal_rows(paths, options):
-    """Equal-preference pairs (MetaAligner, step 2)."""
-    return formats.read_all(paths, formats.read_pairs, "equal")
-
-
-def better_rows(paths, options):
-    """Contrastive preference pairs (MetaAligner, step 3)."""
-    return formats.read_all(paths, formats.read_pairs, "better")
-
-
-def partner_rows(paths, options):
-    """Warm-up (MetaAligner, step 1) on a random part of the equal-preference pairs as they are."""
-    rows = equal_rows(paths, options)
-    generator = torch.Generator().manual_seed(options.seed)
-    chosen = torch.randperm(len(rows), generator=generator)[:math.ceil(options.warmup_data * len(rows))].tolist()
-    return [rows[i] for i in sorted(chosen)]
-
-
-def identity_rows(paths, options):
-    """Warm-up with the answer itself as the target, so that the model starts from copying (Aligner's residual idea,
-    arXiv 2402.02416)."""
-    rows = partner_rows(paths, options)
-    if not all("answer" in row for row in rows):
-        raise UserError(f"{paths[0]}: its rows do not say where the answer is in the prompt ('answer': [start, end]); "
-                        "make them with `python data.py reformulate`, or leave the step identity out of --steps")
-    return [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in rows]
-
-
-def preference_rows(paths, options):
-    """Pairs of responses with the probability that the first is better (AI feedback, HH-RLHF, rated answers)."""
-    rows = formats.read_all(paths, formats.read_preferences, options.principle or None)
-    if options.principle and not rows:
-        there = sorted({row["principle"] for path in paths for row in formats.read_preferences(path)})
-        raise UserError(f"{paths[0]}: compares no responses on {files.shown(options.principle)}, but on "
-                        f"{files.shorten(there) or 'nothing'}; choose one of these with --principle")
-    if len(principles := sorted({row["principle"] for row in rows})) > 1:
-        raise UserError(f"{paths[0]}: compares responses on {files.shorten(principles)}; choose one with "
-                        "--principle, or train a preference model for each (reward.py train)")
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """rows(paths, options): the data function. loss(values, batch, options): the summed loss of a Batch, where values
-    are the log-probabilities (K,) of its targets or, of a scorer, its documents' scores. scorer: trains a scalar head
-    instead of words. reference: the batch holds ref_logprobs, what the model gave the same responses at the start.
-    options: the names of those Options that not every method heeds, and this one does."""
-    rows: object
-    loss: object
-    scorer: bool = False
-    reference: bool = False
-    options: tuple = ()
-
-
-def cross_entropy(logprobs, batch, options):
-    return losses.cross_entropy(logprobs)
-
-
-def bradley_terry(scores, batch, options):
-    return losses.bradley_terry(scores[batch.pairs], batch.labels)
-
-
-def dpo(logprobs, batch, options):
-    return losses.dpo(batch.by_pair(logprobs), batch.ref_logprobs, batch.labels, options.beta)
-
-
-METHODS = {
-    "pretrain": Method(pretrain_rows, cross_entropy),
-    "sft": Method(sft_rows, cross_entropy),
-    "identity": Method(identity_rows, cross_entropy, options=("warmup_data",)),
-    "partner": Method(partner_rows, cross_entropy, options=("warmup_data",)),
-    "equal": Method(equal_rows, cross_entropy),
-    "better": Method(better_rows, cross_entropy),
-    "reward": Method(preference_rows, bradley_terry, scorer=True, options=("principle",)),
-    "dpo": Method(preference_rows, dpo, reference=True, options=("beta", "principle")),
-}
-ALIGNER = ["identity", "equal", "better"]  # MetaAligner's three steps; partner is another warm-up
-
-
-def unheeded(methods):
-    """The names of the options that none of these Methods heeds."""
-    special = {name for method in METHODS.values() for name in method.options}
-    return special - {name for method in methods for name in method.options}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -192,6 +98,7 @@ class Batch:
     document: torch.Tensor                     # (K,): which document each target stands in
     pairs: torch.Tensor | None = None          # (P, 2): which documents are compared
     labels: torch.Tensor | None = None         # (P,): the probability that the first is the better one
+    gaps: torch.Tensor | None = None           # (P,): by how much the first one's score is higher
     ref_logprobs: torch.Tensor | None = None   # (P, 2): of the responses, by the reference
 
     @property
@@ -202,6 +109,11 @@ class Batch:
     def by_pair(self, logprobs):
         """(P, 2): the log-probabilities (K,) of targets, summed over each response."""
         return logprobs.new_zeros(len(self.lengths)).index_add(0, self.document, logprobs)[self.pairs]
+
+    @property
+    def sizes(self):
+        """(P, 2): how many targets each response has, its stop token among them."""
+        return torch.bincount(self.document, minlength=len(self.lengths))[self.pairs]
 
 
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
@@ -284,7 +196,8 @@ def batch_of(examples, device):
     batch = Batch(tokens.to(device), lengths, targets.to(device), document.to(device))
     if len(examples[0].documents) == 2:
         batch.pairs = torch.tensor(order).argsort().view(-1, 2).to(device)
-        batch.labels = torch.tensor([example.label for example in examples], dtype=torch.float32, device=device)
+        batch.labels, batch.gaps = (torch.tensor(values, dtype=torch.float32, device=device) for values in (
+            [example.label for example in examples], [example.gap for example in examples]))
     if examples[0].ref_logprobs:
         batch.ref_logprobs = torch.tensor([example.ref_logprobs for example in examples], device=device)
     return batch
@@ -359,6 +272,8 @@ def settings_of(llama, tokenizer, stages, options):
     """All that decides what a run makes: {name: value}."""
     others = unheeded([stage.method for stage in stages])
     settings = {name: value for name, value in lasting(options).items() if name not in others}
+    if any(stage.method.batch_mean for stage in stages):
+        settings["micro_tokens"] = options.micro_tokens  # it decides what the mean is over
     return {**settings, "data": plan(stages), "model": digest(checkpoint.weights_digest(llama), vars(llama.config)),
             "tokenizer": digest(tokenizer.to_str())}
 
@@ -421,7 +336,7 @@ def trained(llama):
 def plan(stages):
     """What is trained on, as a checksum per pool of examples: a resumed run must find the same."""
     def checksum(pool):
-        found = zlib.crc32(repr([example.label for example in pool]).encode())
+        found = zlib.crc32(repr([(example.label, example.gap) for example in pool]).encode())
         for document in (document for example in pool for document in example.documents):
             found = zlib.crc32(bytes(document.ids), zlib.crc32(b"%d" % document.start, found))
         return found
@@ -519,11 +434,11 @@ def start_from(folder, name, device, options):
 
 
 def arguments(argv=None):
-    parser = make_parser(__doc__)
+    parser = make_parser(f"{__doc__}\n{methods.__doc__}")
     add = parser.add_argument
-    add("method", choices=[*METHODS, "aligner"], help="what to learn, and how (see the examples below)")
+    add("method", choices=[*METHODS, "aligner"], metavar="METHOD", help="what to learn, and how (see the list below)")
     add("--model", required=True, metavar="FOLDER", help="the Llama to start from")
-    add("--data", required=True, nargs="+", metavar="FILE", help="texts, prompt/completion rows, preferences, or pairs")
+    add("--data", required=True, nargs="+", metavar="FILE", help="what the method learns from (see below)")
     add("--out", required=True, metavar="FOLDER", help="where checkpoint and metrics go")
     add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
     add("--overwrite", action="store_true", help="begin again, whatever run the folder holds")
@@ -538,15 +453,17 @@ def arguments(argv=None):
     if args.steps and args.method != "aligner":
         parser.error(f"--steps is for aligner; {args.method} is one step")
     args.names = (args.steps or ALIGNER) if args.method == "aligner" else [args.method]
-    methods = [METHODS[name] for name in args.names]
-    refuse_given(parser, args, unheeded(methods), f"is no option of {' '.join(args.names)}; leave it out")
+    chosen = [METHODS[name] for name in args.names]
+    refuse_given(parser, args, unheeded(chosen), f"is no option of {' '.join(args.names)}; leave it out")
+    if args.temperature is not None and not args.weights:
+        parser.error("--temperature makes labels of what --weights joins; give these too")
     if args.merge and not args.lora_rank:
         parser.error("--merge is for adapters; give --lora-rank too")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite begins again; give one of them")
     if args.replay_share is not None and not args.replay:
         parser.error("--replay-share is the share of --replay's texts; give these too")
-    if args.replay and METHODS[args.names[0]].rows is preference_rows:
+    if args.replay and METHODS[args.names[0]].pairs:
         parser.error(f"--replay mixes texts into texts; {args.method} learns from pairs")
     return args
 

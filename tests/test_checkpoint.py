@@ -107,6 +107,15 @@ def checkpoint_folder(folder, llama, kind, weights=None):
     return folder
 
 
+@pytest.mark.parametrize("kind", ["sharded safetensors", "sharded bin"])
+def test_a_model_that_is_saved_over_shards_is_the_one_that_is_loaded(tmp_path, kind):
+    checkpoint_folder(tmp_path, tiny(), kind)
+    later = Llama(tiny().config, 2)
+    checkpoint.save(later, tmp_path)
+    there = weights_of(checkpoint.load(tmp_path))
+    assert all(torch.equal(weight, there[name]) for name, weight in weights_of(later).items())
+
+
 KINDS = ["safetensors", "bin", "sharded safetensors", "sharded bin"]
 
 

@@ -10,6 +10,7 @@ from conftest import response, write, write_csv
 import common
 import data
 import formats
+import methods
 import train
 from common import UserError
 from objectives import Objective, row_objectives
@@ -445,16 +446,16 @@ def test_what_the_data_functions_leave_out_is_told_by_file_and_reason(tmp_path, 
                {"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"})
     unsaid = "no 'relation' says whether the completion is better than the answer or equal"
     for rows, paths, count, *told in (
-            (train.equal_rows, [one], 1, f"1.jsonl: left out: 2 rows, {unsaid}"),
-            (train.better_rows, [one, kto], 2, f"1.jsonl: left out: 2 rows, {unsaid}",
+            (methods.equal_rows, [one], 1, f"1.jsonl: left out: 2 rows, {unsaid}"),
+            (methods.better_rows, [one, kto], 2, f"1.jsonl: left out: 2 rows, {unsaid}",
              "2.jsonl: left out: 1 rows, their label is false"),
-            (train.sft_rows, [one, kto], 5, "2.jsonl: left out: 1 rows, their label is false"),
-            (train.sft_rows, [best], 1, "3.jsonl: left out: 1 rows, no response has a score"),
-            (train.preference_rows, [best, hh], 2,
+            (methods.sft_rows, [one, kto], 5, "2.jsonl: left out: 1 rows, their label is false"),
+            (methods.sft_rows, [best], 1, "3.jsonl: left out: 1 rows, no response has a score"),
+            (methods.preference_rows, [best, hh], 2,
              "3.jsonl: left out: 1 rows, no two responses are scored on the same principle",
              "4.jsonl: left out: 1 rows, the two dialogues differ before the last answer")):
         read = rows(paths, options)
-        wanted = [row for row in read if rows is train.sft_rows or row.get("relation", "") in rows.__name__]
+        wanted = [row for row in read if rows is methods.sft_rows or row.get("relation", "") in rows.__name__]
         assert len(read) == len(wanted) == count
         assert [line.replace(f"{tmp_path}/", "") for line in capsys.readouterr().out.splitlines()] == told
 
@@ -462,7 +463,7 @@ def test_what_the_data_functions_leave_out_is_told_by_file_and_reason(tmp_path, 
 def test_an_unknown_principle_is_named_with_those_there_are(tmp_path):
     path = write(tmp_path / "l.jsonl", LABEL, {**LABEL, "principle": "tone"})
     with pytest.raises(UserError, match="l.jsonl: compares no responses on 'nosuch', but on detail, tone; choose"):
-        train.preference_rows([path], train.Options(principle="nosuch"))
+        methods.preference_rows([path], train.Options(principle="nosuch"))
 
 
 def test_preferences_on_several_scores_come_in_the_order_of_the_file(tmp_path):

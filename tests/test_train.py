@@ -18,6 +18,7 @@ import checkpoint
 import data
 import formats
 import toy
+import methods
 import train
 from common import UserError, read_options, write_jsonl
 from conftest import refused, run
@@ -209,25 +210,25 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, world):
 
 
 def test_identity_rows_ask_for_the_answer_itself(world):
-    rows = train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=1.0))
+    rows = methods.identity_rows([world / "pairs.jsonl"], Options(warmup_data=1.0))
     assert len(rows) > 20 and all(row["relation"] == "equal" for row in rows)
     for row in rows:
         assert row["completion"] and row["prompt"].endswith(f"Answer: {row['completion']}\n\nEdited answer:")
-    part = train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=1))
+    part = methods.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=1))
     assert len(part) == math.ceil(0.25 * len(rows)) and all(row in rows for row in part)
-    assert part != train.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=2))
+    assert part != methods.identity_rows([world / "pairs.jsonl"], Options(warmup_data=0.25, seed=2))
 
 
 def test_each_step_has_its_own_pairs(world):
     pairs = list(formats.read_pairs(world / "pairs.jsonl"))
     equal, better = (METHODS[name].rows([world / "pairs.jsonl"], Options()) for name in ("equal", "better"))
     assert len(equal) + len(better) == len(pairs) and {row["relation"] for row in better} == {"better"}
-    partner = train.partner_rows([world / "pairs.jsonl"], Options(warmup_data=0.5))
+    partner = methods.partner_rows([world / "pairs.jsonl"], Options(warmup_data=0.5))
     assert all(row in equal for row in partner) and len(partner) == math.ceil(len(equal) / 2)
 
 
 def test_no_held_out_prompt_is_trained_on(world):
-    tokenizer, rows = checkpoint.load_tokenizer(world / "base"), train.better_rows([world / "pairs.jsonl"], Options())
+    tokenizer, rows = checkpoint.load_tokenizer(world / "base"), methods.better_rows([world / "pairs.jsonl"], Options())
     stage = train.prepare("better", rows, tokenizer, Config(**SIZES), FAST)
     questions = [row["prompt"] for row in formats.read_rated(world / "rated.jsonl")]
 
@@ -280,7 +281,7 @@ def test_metrics_have_a_row_per_step_and_per_validation(finished):
 def test_tokens_are_real_ones(world, finished):
     """Counted here by the tokenizer alone: prompt, completion, BOS and EOS of the examples that were drawn."""
     tokenizer, options = checkpoint.load_tokenizer(world / "base"), Options(batch=4, val_share=0.2, max_tokens=4096)
-    rows = train.better_rows([world / "pairs.jsonl"], Options())
+    rows = methods.better_rows([world / "pairs.jsonl"], Options())
     stage = train.prepare("better", rows, tokenizer, Config(**SIZES), options)
     length = {}
     for row in rows:
@@ -351,7 +352,7 @@ def test_each_step_of_the_aligner_can_be_left_out(world, tmp_path, monkeypatch, 
 
 def test_pairs_without_equal_ones_train_the_last_step(world, tmp_path, monkeypatch, capsys):
     """Two answers to a prompt, one of them better at one thing, as in HH-RLHF."""
-    better = train.better_rows([world / "pairs.jsonl"], Options())
+    better = methods.better_rows([world / "pairs.jsonl"], Options())
     write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in better])
     words = command(world, out=tmp_path / "out", **{"max-steps": 1})
     words[words.index("--data") + 1] = str(tmp_path / "pairs.jsonl")
@@ -374,7 +375,7 @@ def test_the_other_stages(world, tmp_path, monkeypatch, stage, folder):
 
 
 def test_sft_takes_the_best_answer(world):
-    rows, rated = train.sft_rows([world / "rated.jsonl"], Options()), formats.read_rated(world / "rated.jsonl")
+    rows, rated = methods.sft_rows([world / "rated.jsonl"], Options()), formats.read_rated(world / "rated.jsonl")
     apart = 0
     assert len(rows) == 12
     for row, source in zip(rows, rated, strict=True):
@@ -476,7 +477,7 @@ def test_no_example_left_is_an_error(world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path):
-    method = Method(train.pretrain_rows, lambda logprobs, batch, options: -logprobs.sum() * math.nan)
+    method = Method(methods.pretrain_rows, lambda logprobs, batch, options: -logprobs.sum() * math.nan)
     stage = Stage("pretrain", random_examples(8), method=method)
     with pytest.raises(UserError, match="the loss of step 1 is nan, .*lower --lr"):
         train.train(tiny(), checkpoint.load_tokenizer(world / "base"), [stage], tmp_path / "out", FAST, progress=False)

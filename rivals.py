@@ -1,0 +1,389 @@
+"""The rivals on the embedded world: how each is trained from the same start on the same rated answers, and answers.
+
+    name                 what is done                                                          its knob
+    start                nothing: the policy that all begin from
+    best-of-n            the best of n of its answers by the scorers                           n
+    self-refinement      it edits its own answers with the aligner's prompt
+    metaaligner          one aligner, told all objectives in words
+    aligner              one aligner, told nothing: it edits towards the weighted sum
+    dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
+    dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
+    raft                 fine-tuned on the best answer of each prompt
+    modpo, cpo, ric      as published; cpo and ric are asked for the objectives' highest scores they were shown
+    ric, all maxima      the paper's "SFT" column: scores as they are, asked for the maxima all at once
+    ppo, rloo, grpo      reinforcement learning on the exact scores (MORLHF)                   kl_coef
+    soup, mod            one DPO model per objective, their weights or their next tokens joined
+    conditioned          a policy told objectives in words
+
+A rival is a function (world, weights, knob) -> Entry. compare.py measures entries.
+"""
+import itertools
+import math
+import random
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from common import seed_from, write_jsonl
+
+import torch
+
+import checkpoint
+import combine
+import data
+import formats
+import methods
+import ppo
+import story
+import toy
+import train
+import wordings
+from align import Writer
+from objectives import Objective
+
+OBJECTIVES = ("helpful", "harmless", "honest", "humour", "polite")  # what the comparison asks for, with equal weights
+UNSEEN = "empathetic"                                               # asked for in words, in no training data here
+BRIEF = "conciseness"  # fewer sentences of any kind: at odds with "helpful", which counts the right ones
+SIMPLE = Objective("weighted", "be better")                         # the one objective of Aligner, always named
+TEXTS = {name: wordings.objective(name) for name in (*OBJECTIVES, UNSEEN)} | {
+    BRIEF: Objective(BRIEF, "say as little as possible", ("use few words", "be as short as you can", "The shorter.")),
+    SIMPLE.name: SIMPLE}
+LENGTH = 64  # tokens of an answer, at most
+POLICY = train.Options(lr=1e-3, batch=32, weight_decay=0.01, epochs=1e6, max_tokens=512, val_share=0.0)
+
+
+@dataclass
+class World:
+    """Where all begin: folders of the foundation and of the start, rated answers, and questions to be answered."""
+    out: Path
+    seed: int
+    device: torch.device
+    steps: int                                     # optimizer steps of every training
+    full: bool = True                              # False: one value of each knob
+    prompts: list = field(default_factory=list)    # the test questions
+    answers: list = field(default_factory=list)    # the start's, one to each
+    again: list = field(default_factory=list)      # the start's, drawn once more
+    scale: dict = field(default_factory=dict)      # {objective: deviation of the start's scores}
+
+    @property
+    def start(self):
+        return self.out / "start"
+
+
+@dataclass
+class Entry:
+    """A rival's answers, one to each of the world's prompts, and what they cost. costs: of training, {"tokens",
+    "seconds", "fresh": answers drawn for it}. read, written: tokens at inference of all answers; draws: answers that
+    were written for each that is given. nats: its divergence from the start, where it has one."""
+    answers: list
+    costs: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "fresh": 0})
+    written: int = 0
+    draws: int = 1
+    nats: float | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The world: a start, rated answers, questions
+
+
+def build(world, reading, questions, prompts):
+    """The foundation, the start, rated answers and test questions; trained and drawn once, read if they are there."""
+    story.pretrain(world.out, world.seed, world.device, reading)
+    rated = list(toy.rated(questions, world.seed + 11, responses=4, bent=0.0))
+    rng = random.Random(f"start {world.seed}")
+    rows = [{"prompt": row["prompt"], "completion": f" {rng.choice(row['responses'])['text']}"} for row in rated]
+    fit(world, "start", "sft", rows, world.out / "foundation", max_steps=min(world.steps, 150), lr=2e-3)
+    rng = random.Random(f"test {world.seed}")
+    world.prompts = [toy.question(rng)[0] for _ in range(prompts)]
+    world.answers, world.again = (sampled(world, Writer(world.start, world.device), world.prompts, draw).answers
+                                  for draw in (0, 1))
+    known = [row["prompt"] for row in rated[:256]]
+    own = sampled(world, Writer(world.start, world.device), known, 2).answers
+    for name in (*OBJECTIVES, BRIEF):
+        scores = torch.tensor([float(toy.score(name, *pair)) for pair in zip(known, own)])
+        world.scale[name] = float(scores.std(correction=0)) or 1.0
+    write_jsonl(world.out / "raw.jsonl", (scored(row, dict.fromkeys(world.scale, 1.0)) for row in rated))
+    write_jsonl(world.out / "rated.jsonl", (scored(row, world.scale) for row in rated))
+
+
+def scored(row, scale):
+    """A rated row with the comparison's objectives, in the given units; answers begin with a space, as when said."""
+    return {"prompt": row["prompt"], "responses": [
+        {"text": f" {response['text']}",
+         "scores": {name: toy.score(name, row["prompt"], response["text"]) / unit for name, unit in scale.items()}}
+        for response in row["responses"]]}
+
+
+def even(names=OBJECTIVES):
+    return {name: 1 / len(names) for name in names}
+
+
+def as_text(weights):
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training and answering
+
+
+def fit(world, label, method, rows, base=None, **options):
+    """Train `method` on rows (or on what its data function makes of the world's rated answers, where rows is None) from
+    the start, in the folder `label`. Gives its costs."""
+    options = replace(POLICY, **{"max_steps": world.steps, "seed": world.seed, **options})
+    rows = methods.METHODS[method].rows([world.out / "rated.jsonl"], options) if rows is None else rows
+    enough = options.max_steps * options.batch
+    rows = random.Random(world.seed).sample(rows, enough) if len(rows) > enough else rows
+    llama = checkpoint.load(base or world.start, device=world.device)
+    tokenizer = checkpoint.load_tokenizer(base or world.start, llama)
+    stage = train.prepare(method, rows, tokenizer, llama.config, options)
+    told = train.train(llama, tokenizer, [stage], world.out / label, options, resume=True, overwrite=True)
+    return {"tokens": told[-1]["tokens"], "seconds": told[-1]["seconds"], "fresh": 0}
+
+
+def sampled(world, writer, prompts, draw=0):
+    """An Entry of one answer to each prompt at temperature 1; another for another draw."""
+    ids = [writer.encode(prompt, LENGTH) for prompt in prompts]
+    seeds = [seed_from(world.seed, draw, i) for i in range(len(ids))]
+    texts = dict(writer.write(ids, LENGTH, 64, temperature=1.0, seeds=seeds))
+    return counted(writer, Entry([texts[i] for i in range(len(ids))]))
+
+
+def counted(writer, entry):
+    ids = data.text_ids(writer.tokenizer, [f" {text}" for text in entry.answers])
+    entry.written = sum(map(len, ids)) + len(ids)  # with the stop token of each
+    return entry
+
+
+def policy_entry(world, writer, costs, before=""):
+    """What a trained policy answers, told `before`; with its divergence from the start."""
+    entry = sampled(world, writer, [before + prompt for prompt in world.prompts])
+    start = Writer(world.start, world.device)
+    ours = text_logprobs(writer, [before + prompt for prompt in world.prompts], entry.answers)
+    theirs = text_logprobs(start, world.prompts, entry.answers)
+    entry.nats, entry.costs = float((ours - theirs).mean()), costs
+    return entry
+
+
+@torch.inference_mode()
+def text_logprobs(writer, prompts, texts):
+    """(N,): the log-probability of each text and its end after its prompt."""
+    rows = [{"prompt": prompt, "completion": f" {text}"} for prompt, text in zip(prompts, texts)]
+    found = combine.response_logprobs(writer.llama, writer.tokenizer, rows, None)
+    return torch.tensor(found)
+
+
+def policy(world, label, costs, before=""):
+    return policy_entry(world, Writer(world.out / label, world.device), costs, before)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The rivals. Each (world, weights, knob) -> Entry.
+
+
+def start(world, weights, knob):
+    return counted(Writer(world.start, world.device), Entry(world.again, nats=0.0))
+
+
+def best_of_n(world, weights, n):
+    writer = Writer(world.start, world.device)
+    draws = [sampled(world, writer, world.prompts, 100 + k) for k in range(n)]
+    best = []
+    for prompt, *texts in zip(world.prompts, *(draw.answers for draw in draws)):
+        best.append(max(texts, key=lambda text: value(world, weights, prompt, text)))
+    return Entry(best, written=sum(draw.written for draw in draws), draws=n, nats=math.log(n) - (n - 1) / n)
+
+
+def value(world, weights, prompt, text):
+    """The weighted sum of an answer's scores in the world's units."""
+    return sum(weight * toy.score(name, prompt, text) / world.scale.get(name, 1.0) for name, weight in weights.items())
+
+
+def pairs_of(world, objectives, weights=None):
+    """Pairs for an aligner; with weights, towards their sum alone."""
+    rows = list(formats.read_rated(world.out / "rated.jsonl"))
+    for response in (response for row in rows for response in row["responses"]):
+        response["text"] = response["text"].strip()
+        if weights:
+            response["scores"] = {SIMPLE.name: methods.weighted(response["scores"], weights)}
+    pairs = data.reformulate(rows, objectives, replace(story.PAIRING, seed=world.seed))
+    return list(map(story.after_a_space, pairs))
+
+
+def train_editor(world, label, objectives, weights=None):
+    """An aligner: a warm-up by identity, then pairs. Gives its costs."""
+    rows = pairs_of(world, objectives, weights)
+    random.Random(world.seed).shuffle(rows)
+    chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
+              "better": [row for row in rows if row["relation"] != "equal"]}
+    warm = [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in chosen["equal"]]
+    few, most = max(1, world.steps // 20), world.steps - max(1, world.steps // 20)
+    first = fit(world, f"{label} warm-up", "better", warm, max_steps=few, lr=3e-3)
+    rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up", max_steps=most, lr=3e-3)
+    return {name: first[name] + rest[name] for name in rest}
+
+
+def edited(world, writer, answers, objectives, costs):
+    """An Entry of edits of answers, asked for objectives."""
+    items = [{"prompt": prompt, "original": answer, "objectives": objectives}
+             for prompt, answer in zip(world.prompts, answers)]
+    entry = counted(writer, Entry([item["aligned"] for item in story.edit(writer, items, world.seed)], costs))
+    entry.written += counted(writer, Entry(answers)).written
+    entry.draws = 2
+    return entry
+
+
+def metaaligner(world, weights, knob, answers=None):
+    costs = train_editor(world, "metaaligner", [TEXTS[name] for name in (*OBJECTIVES, BRIEF)])
+    asked = [TEXTS[name] for name, weight in weights.items() if weight]
+    return edited(world, Writer(world.out / "metaaligner", world.device), answers or world.answers, asked, costs)
+
+
+def aligner(world, weights, knob, answers=None):
+    label = f"aligner {as_text(weights)}"
+    costs = train_editor(world, label, [SIMPLE], weights)
+    return edited(world, Writer(world.out / label, world.device), answers or world.answers, [SIMPLE], costs)
+
+
+def self_refinement(world, weights, knob):
+    asked = [TEXTS[name] for name, weight in weights.items() if weight]
+    return edited(world, Writer(world.start, world.device), world.answers, asked, Entry([]).costs)
+
+
+def preferred(world, weights, knob, method, **options):
+    """A policy trained by a method of methods.py whose data function heeds --weights; the knob is beta."""
+    weights = {name: weight for name, weight in weights.items() if weight}
+    label = f"{method} {as_text(weights)} {knob}"
+    options = {"weights": as_text(weights), **({"beta": knob} if knob else {}), **options}
+    return policy(world, label, fit(world, label, method, None, **options))
+
+
+def raw_sums(world, weights, beta):
+    """DPO on certain labels of the plain sum of the scores as they are, ties for whichever comes first."""
+    rows = []
+    for row in formats.read_rated(world.out / "raw.jsonl"):
+        for a, b in itertools.combinations(row["responses"], 2):
+            sums = [sum(response["scores"][name] for name in weights) for response in (a, b)]
+            rows.append(formats.preference(row["prompt"], a["text"], b["text"], "sum", float(sums[0] >= sums[1])))
+    return policy(world, "dpo on raw sums", fit(world, "dpo on raw sums", "dpo", rows, beta=beta))
+
+
+def cpo(world, weights, beta):
+    """CPSFT, then CDPO from it; asked for the highest rating of each objective that has a weight."""
+    names = as_text(dict.fromkeys(weights, 1.0))
+    first = fit(world, f"cpsft {names}", "cpsft", None, weights=names)
+    label = f"cdpo {names} {beta}"
+    rest = fit(world, label, "cdpo", None, world.out / f"cpsft {names}", weights=names, beta=beta)
+    best = highest(world, weights)
+    asked = methods.asked_ratings({name: best[name] for name, weight in weights.items() if weight})
+    return policy(world, label, {name: first[name] + rest[name] for name in rest}, asked)
+
+
+def highest(world, names):
+    """{name: the highest score of any rated answer}."""
+    scores = [response["scores"] for row in formats.read_rated(world.out / "rated.jsonl")
+              for response in row["responses"]]
+    return {name: max(score[name] for score in scores) for name in names}
+
+
+def ric(world, weights, knob, online=False):
+    """RiC's offline stage, and its preference-to-target rule: low + (high - low) * w / |w|, within what was shown."""
+    names = dict.fromkeys(weights, 1.0)
+    label = f"ric {as_text(names)}"
+    costs = fit(world, label, "ric", None, weights=as_text(names))
+    return policy(world, label, costs, methods.asked_scores(ric_targets(world, weights)))
+
+
+def ric_targets(world, weights):
+    """{objective: z-score to ask for}: between the lowest and the highest that training showed (the paper: +-4.2)."""
+    rated = list(formats.read_rated(world.out / "rated.jsonl"))
+    shown = [methods.z_scores(response["scores"], methods.score_scale(rated, list(weights)))
+             for row in rated for response in row["responses"]]
+    length, targets = math.hypot(*weights.values()), {}
+    for name, weight in weights.items():
+        low, high = (pick(scores[name] for scores in shown) for pick in (min, max))
+        targets[name] = low + (high - low) * weight / length
+    return targets
+
+
+def ric_maxima(world, weights, knob):
+    """RiC's first stage on scores as they are, asked for all maxima at once."""
+    rated = list(formats.read_rated(world.out / "raw.jsonl"))
+    rows = [{**methods.after_text(methods.asked_scores({name: response["scores"][name] for name in weights}),
+                                  row["prompt"]), "completion": response["text"]}
+            for row in rated for response in row["responses"]]
+    costs = fit(world, "ric, all maxima", "sft", rows)
+    most = {name: max(response["scores"][name] for row in rated for response in row["responses"]) for name in weights}
+    return policy(world, "ric, all maxima", costs, methods.asked_scores(most))
+
+
+def reinforced(world, weights, kl_coef, advantages):
+    """PPO, RLOO or GRPO on the exact scores, joined linearly."""
+    label = f"{advantages} {as_text(weights)} {kl_coef}"
+    names = [name for name, weight in weights.items() if weight]
+    options = ppo.Options(iterations=max(2, world.steps // 8), rollouts=64, minibatch=32, update_epochs=2, lr=1e-3,
+                          max_new_tokens=LENGTH, kl_coef=kl_coef, kl_target=0.0, seed=world.seed,
+                          advantages=advantages)
+    llama = checkpoint.load(world.start, device=world.device)
+    tokenizer = checkpoint.load_tokenizer(world.start, llama)
+    prompts = list(dict.fromkeys(row["prompt"] for row in formats.read_rated(world.out / "rated.jsonl")))
+    told = ppo.improve(llama, tokenizer, prompts, ppo.ExactScorer(names), [weights[name] for name in names], "linear",
+                       world.out / label, options, resume=True, overwrite=True)
+    fresh = options.iterations * options.rollouts
+    return policy(world, label, {"tokens": told[-1]["tokens"], "seconds": told[-1]["seconds"], "fresh": fresh})
+
+
+def singles(world, weights, beta):
+    """DPO models, one for each objective with a weight: (folders, weights, costs of all)."""
+    folders, costs = [], []
+    for name in weights:
+        label = f"dpo {name}=1 {beta}"
+        costs.append(fit(world, label, "dpo", None, weights=f"{name}=1", beta=beta))
+        folders.append(world.out / label)
+    return folders, list(weights.values()), {name: sum(cost[name] for cost in costs) for name in costs[0]}
+
+
+def soup(world, weights, beta):
+    folders, parts, costs = singles(world, weights, beta)
+    writer = Writer(folders[0], world.device)
+    writer.llama = combine.prepack(combine.soup(folders, combine.shares(parts, folders)).to(
+        world.device, next(writer.llama.parameters()).dtype).eval())
+    return policy_entry(world, writer, costs)
+
+
+def mod(world, weights, beta):
+    folders, parts, costs = singles(world, weights, beta)
+    writer = combine.ProductWriter(folders, combine.shares(parts, folders), world.device)
+    return replace(policy_entry(world, writer, costs), draws=len(folders))
+
+
+def conditioned(world, weights, knob):
+    objectives = [TEXTS[name] for name in (*OBJECTIVES, BRIEF)]
+    rows = list(methods.conditioned(formats.read_rated(world.out / "rated.jsonl"), objectives, world.seed))
+    costs = fit(world, "conditioned", "sft", rows)
+    asked = methods.asked_texts([TEXTS[name] for name, weight in weights.items() if weight])
+    return policy(world, "conditioned", costs, asked)
+
+
+RIVALS = {  # name -> (function, values of its knob, the first one in the table)
+    "start": (start, [None]),
+    "best-of-n": (best_of_n, [16, 4]),
+    "self-refinement": (self_refinement, [None]),
+    "metaaligner": (metaaligner, [None]),
+    "aligner": (aligner, [None]),
+    "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
+    "ipo": (partial(preferred, method="ipo"), [0.1]),
+    "simpo": (partial(preferred, method="simpo"), [2.0]),
+    "copg": (partial(preferred, method="copg"), [0.1]),
+    "raft": (partial(preferred, method="raft"), [None]),
+    "dpo on raw sums": (raw_sums, [0.1]),
+    "modpo": (partial(preferred, method="modpo"), [0.1]),
+    "cpo": (cpo, [0.1]),
+    "ric": (ric, [None]),
+    "ric, all maxima": (ric_maxima, [None]),
+    "ppo": (partial(reinforced, advantages="gae"), [0.1]),
+    "rloo": (partial(reinforced, advantages="rloo"), [0.1, 0.5]),
+    "grpo": (partial(reinforced, advantages="gdpo"), [0.1]),
+    "soup": (soup, [0.1]),
+    "mod": (mod, [0.1]),
+    "conditioned": (conditioned, [None]),
+}
