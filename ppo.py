@@ -12,7 +12,8 @@ with --resume after a kill, and --overwrite begins again.
 # Each iteration, the policy responds to a batch of prompts, and preference models score the responses, one principle
 # each. A few epochs of PPO (Schulman et al., arXiv 1707.06347) then make those responses more likely whose scalarized
 # score is high, less what they cost in divergence from the policy at the start, the reference. `improve` does this, and
-# reads from top to bottom; the functions below it are what it computes with, in the order of their use.
+# reads from top to bottom; the functions below it are what it computes with, in the order of their use. How much better
+# than expected an action was is told by a value head (`gae`), or by other responses to the prompt (`group_advantages`).
 #
 # What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one.
 #
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, option, read_options,
-                    seed_from, write_text)
+                    refuse_given, seed_from, write_text)
 
 import torch
 from torch import nn
@@ -61,6 +62,9 @@ class Options:
     kl_coef: float = option(0.05, "reward lost per nat of divergence from the reference, at first", 0, 1e6)
     kl_target: float = option(6.0, "kl_coef is steered towards so many nats per response; 0: it stays as it is", 0, 1e6)
     kl_horizon: int = option(10000, "the more responses this is, the slower it is steered", 1, 10**12)
+    advantages: str = option("gae", "what an action is compared with: gae, a value head's guess; rloo, grpo, gdpo, "
+                             "other responses to the prompt", choices=["gae", "rloo", "grpo", "gdpo"])
+    group: int = option(4, "rloo, grpo, gdpo: responses to each prompt of an iteration", 2, 10**6)
     gamma: float = option(1.0, "discount per token", 0, 1)
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", 0, 1)
     clip_coef: float = option(0.2, "largest change of a token's probability ratio, or of a value, to learn from",
@@ -171,9 +175,9 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     """Train policy, in place, to respond to prompts (texts) so that rewards score it higher; save it in the folder out.
 
     rewards: has .names [K], .score(prompts, responses) -> (K, N), of which reward.scalarize makes (N,) with weights
-    [K], and .fingerprint, which is another for rewards that score otherwise. out/metrics.jsonl gets a row per
-    iteration, out/state.pt the state to resume from, out/run.json what was asked for, with what `about` adds. resume,
-    overwrite: as of resume.Run. Gives the rows of metrics."""
+    [K], and .fingerprint, another for rewards that score otherwise. out gets metrics.jsonl, a row per iteration (given
+    back), state.pt, to resume from, and run.json, with what `about` adds. resume, overwrite: as of resume.Run."""
+    copies = copies_of(options, scalarization)
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
     run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
               overwrite, {"options": vars(options), **(about or {})})
@@ -188,18 +192,19 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     with tqdm(total=options.iterations, initial=course.iteration, desc=run.out.name, disable=not progress) as bar:
         for iteration in range(course.iteration, options.iterations):
             # The policy responds, and its responses are scored
-            chosen = train.draw(encoded, iteration, options.rollouts, (options.seed, 0))
-            rollouts = sample_rollouts(policy, tokenizer, chosen, iteration, options)
+            chosen = train.draw(encoded, iteration, options.rollouts // copies, (options.seed, 0))
+            rollouts = sample_rollouts(policy, tokenizer, chosen, iteration, options, copies)
             scores = score_rollouts(rewards, rollouts)                                       # (K, N)
             scalarized = reward.scalarize(normalised(scores, course.mean, course.std), weights, scalarization)
             unfinished = torch.tensor([not rollout.finished for rollout in rollouts])        # (N,)
-            final = final_rewards(scalarized, unfinished, course.running, options)           # (N,)
-            # Each token is credited with what follows from it
+            # Each token is credited with what follows from it, or with how its response does beside others
             logprobs, ref_logprobs, values, mask = evaluate_rollouts(agent, reference, rollouts, options)  # (N, T) each
-            earned = token_rewards(final, logprobs - ref_logprobs, mask, course.kl_coef)
-            advantages, returns = gae(earned, values, options.gamma, options.gae_lambda, mask)
-            if options.norm_adv:
-                advantages[mask] = standardised(advantages[mask])
+            cost = course.kl_coef * (logprobs - ref_logprobs)
+            if options.advantages == "gae":
+                final = final_rewards(scalarized, unfinished, course.running, options)       # (N,)
+                advantages, returns = token_advantages(final, cost, values, mask, options)
+            else:
+                advantages, returns = group_advantages(scalarized, scores, weights, rollouts, cost, mask, options)
             # The policy learns
             known = torch.stack((logprobs, values, advantages, returns))                     # (4, N, T)
             learned = learn(agent, optimizer, rollouts, known, mask, iteration, options)
@@ -225,6 +230,19 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     write_text(run.out / "tokenizer.json", tokenizer.to_str())
     checkpoint.save(policy, out)
     return run.finish()
+
+
+def copies_of(options, scalarization):
+    """How many responses each prompt gets. UserError where they make no whole groups, or cannot be compared so."""
+    if options.advantages == "gae":
+        return 1
+    if options.group < 2 or options.rollouts % options.group:
+        raise UserError(f"--advantages {options.advantages}: --group {options.group} must be at least 2 and divide "
+                        f"--rollouts {options.rollouts}; change one of them")
+    if options.advantages == "gdpo" and scalarization != "linear":
+        raise UserError(f"--advantages gdpo: joins rewards by their weighted sum alone; leave out --scalarization "
+                        f"{scalarization}, or give --advantages grpo")
+    return options.group
 
 
 def resumed(run, agent, optimizer):
@@ -282,11 +300,12 @@ def frozen_copy(policy):
 @dataclass
 class Rollout:
     """A response of the policy: document.ids[document.start:] are its actions, the stop token that ends it one of
-    them."""
+    them. place: which of its iteration it was, before they were sorted."""
     prompt: str
     response: str
     document: data.Document
     finished: bool
+    place: int
 
 
 def encode_prompts(tokenizer, prompts, config, options):
@@ -302,18 +321,20 @@ def encode_prompts(tokenizer, prompts, config, options):
     return kept
 
 
-def sample_rollouts(policy, tokenizer, prompts, iteration, options):
-    """The policy's responses to prompts [(text, ids)], sampled at temperature 1, as Rollouts, the shortest first."""
-    stop = policy.config.stop_ids
+def sample_rollouts(policy, tokenizer, prompts, iteration, options, copies=1):
+    """The policy's responses to prompts [(text, ids)], sampled at temperature 1, as Rollouts, the shortest first. Of
+    several to each prompt, those to the same one are neighbours by their places."""
+    prompts, stop = [prompt for prompt in prompts for _ in range(copies)], policy.config.stop_ids
     seeds = [seed_from(options.seed, iteration, i) for i in range(len(prompts))]
     with train.autocast(policy.device, options):
         written = generate(policy, [ids for _, ids in prompts], options.max_new_tokens, temperature=1.0, stop_ids=stop,
                            seed=seeds, keep_stop=True)
     rollouts = []
-    for (prompt, ids), actions in zip(prompts, written):
+    for place, ((prompt, ids), actions) in enumerate(zip(prompts, written)):
         finished = bool(actions) and actions[-1] in stop
         response = tokenizer.decode(actions[:-1] if finished else actions).strip()
-        rollouts.append(Rollout(prompt, response, data.Document(array("i", [*ids, *actions]), len(ids)), finished))
+        document = data.Document(array("i", [*ids, *actions]), len(ids))
+        rollouts.append(Rollout(prompt, response, document, finished, place))
     return sorted(rollouts, key=lambda rollout: len(rollout.document.ids))
 
 
@@ -391,13 +412,15 @@ def scaled(rewards, running):
     return (rewards / (deviation if deviation > 1e-6 else 1.0)).clamp(-10, 10)
 
 
-def token_rewards(final, divergence, mask, kl_coef):
-    """What each action earns (N, T): less where it has diverged from the reference (N, T), in nats; and a response's
-    last action what the response earns, final (N,)."""
-    rewards = -kl_coef * divergence
-    last = mask.sum(1) - 1
+def token_advantages(final, cost, values, mask, options):
+    """(advantages, returns) of actions by `gae`, (N, T) each. An action loses its cost (N, T), in divergence from the
+    reference; a response's last earns what the response does, final (N,)."""
+    rewards, last = -cost, mask.sum(1) - 1
     rewards[torch.arange(len(last), device=mask.device), last] += final.to(mask.device)
-    return rewards
+    advantages, returns = gae(rewards, values, options.gamma, options.gae_lambda, mask)
+    if options.norm_adv:
+        advantages[mask] = standardised(advantages[mask])
+    return advantages, returns
 
 
 def gae(rewards, values, gamma, gae_lambda, mask):
@@ -421,6 +444,42 @@ def gae(rewards, values, gamma, gae_lambda, mask):
 def standardised(advantages):
     """Advantages (actions,), shifted and scaled to mean 0 and deviation 1."""
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+
+
+def group_advantages(scalarized, scores, weights, rollouts, cost, mask, options):
+    """(advantages, returns) of actions without values, (N, T) each; returns are 0, as the values are. All actions of a
+    response have one advantage: of its scalarized score (N,) by rloo or grpo, of its scores (K, N) by gdpo. What it
+    loses, its cost (N, T) and the penalty if it is unfinished, counts apart from that, by rloo, and is not divided."""
+    place = torch.tensor([rollout.place for rollout in rollouts])
+    drawn, group = place.argsort(), options.group  # in the order drawn, groups are neighbours
+    lost = cost.sum(1).cpu() + options.unfinished_penalty * torch.tensor([not rollout.finished for rollout in rollouts])
+    if options.advantages == "gdpo":
+        gained = gdpo(scores[:, drawn], weights, group)
+    else:
+        gained = {"rloo": rloo, "grpo": grpo}[options.advantages](scalarized[drawn], group)
+    advantages = (gained - rloo(lost[drawn], group))[place].to(mask.device)[:, None] * mask
+    return advantages, torch.zeros_like(advantages)
+
+
+def rloo(rewards, group):
+    """Reinforce, leave one out (Ahmadian et al., arXiv 2402.14740): rewards (N,), `group` neighbours to a prompt, less
+    the mean of the others to it, (N,). Linear in the rewards; exactly 0 where a group's are equal."""
+    grouped = rewards.view(-1, group)
+    apart = grouped - grouped[:, :1]  # without rounding, which Adam would make as much of as of anything else
+    return (apart - (apart.sum(1, keepdim=True) - apart) / (group - 1)).flatten()
+
+
+def grpo(rewards, group):
+    """Group-relative advantages (Shao et al., arXiv 2402.03300, section 4.1): rewards (N,) less their group's mean,
+    over its deviation (with group - 1 degrees of freedom, and 1e-4 more, as in TRL). Gives (N,)."""
+    deviation = rewards.view(-1, group).std(1).repeat_interleave(group)
+    return rloo(rewards, group) * (1 - 1 / group) / (deviation + 1e-4)  # the mean of the others -> of all
+
+
+def gdpo(scores, weights, group):
+    """GRPO of each reward apart (Liu et al., arXiv 2601.05242): scores (K, N), by grpo, then their sum by weights [K],
+    standardised over the batch. Gives (N,). A reward counts by its weight, whatever its scale in a group."""
+    return standardised(torch.as_tensor(weights, dtype=scores.dtype) @ torch.stack([grpo(x, group) for x in scores]))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -505,6 +564,11 @@ def arguments(argv=None):
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add_options(parser, Options)
     args = parser.parse_args(argv)
+    options = read_options(Options, args)
+    of_values = {"gamma", "gae_lambda", "vf_coef", "centre", "norm_adv", "scale_reward"}
+    refuse_given(parser, args, {"group"} if options.advantages == "gae" else of_values,
+                 f"has no use with --advantages {options.advantages}; leave it out")
+    copies_of(options, args.scalarization)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite begins again; give one of them")
     return args
