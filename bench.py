@@ -1,25 +1,25 @@
 """How fast is it, beside its peers? Times our path and a peer's on the same model, data, dtype and machine in one run.
 
     machine   a bf16 matrix product and a copy: what the other figures are measured against
-    train     supervised fine-tuning of a 40M Llama: train.py's step against TRL's SFTTrainer
+    train     supervised fine-tuning, of a 40M Llama if no other is given: train.py's step against TRL's SFTTrainer
+    dpo       the same for DPO on preference pairs, the reference included; and whether both find the same losses
     large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation of full fine-tuning, memory of it and of LoRA
     align     greedy edits of real answers: align.py's generation against `transformers` at its best batch size
     copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
     decode    one sequence without copying, 7B on a GPU, else 40M: weights read per second against the copy
 
 Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
-wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`).
+wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`). What runs in the
+Python of a peer is in peers.py.
 """
 import argparse
 import difflib
 import itertools
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -28,20 +28,19 @@ from common import UserError, cli, make_parser, number
 
 import torch
 
-
-PEERS = {"train_trl", "align_transformers"}  # the measurements that a peer's Python makes, with this very file
-if not PEERS & set(sys.argv):  # that Python has torch and the peer, but perhaps not what these need
-    import checkpoint
-    import data
-    import formats
-    import generate
-    import lora
-    from measure import requests
-    import toy
-    import train
-    from align import DRAFT, Writer
-    from model import Config, Llama, computes_bf16, device_named
-    from resume import MODEL
+import checkpoint
+import data
+import formats
+import generate
+import lora
+import peers
+import toy
+import train
+from align import DRAFT, Writer
+from measure import requests
+from model import Config, Llama, computes_bf16, device_named
+from peers import MAX_TOKENS, NEW_TOKENS, WARM, once, run_job, timed_edits, timed_training
+from resume import MODEL
 
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
 LARGE = {  # of TinyLlama and of Llama 2
@@ -50,25 +49,15 @@ LARGE = {  # of TinyLlama and of Llama 2
     "7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                num_attention_heads=32),
 }
-MAX_TOKENS = 1024  # of the longest training example
-NEW_TOKENS = 256   # of the longest edit
+BATCH = 8                       # examples, or pairs, in a training step
+DPO = dict(beta=0.1, lr=1e-4)   # of both sides; the rate is high, so that losses move within a few steps
+WAYS = [dict(bf16=bf16, precompute=precompute, together=together) for bf16, precompute, together in (
+    (True, True, 1), (True, True, BATCH), (True, False, 1), (False, True, 1))]  # in which TRL may be fastest at DPO
+TURNS = 3                       # of ours and of TRL's, each in the fastest of these ways: the machine's pace changes
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Clocks and gauges
-
-
-def sync(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def once(device, function, *given):
-    """Seconds of one call."""
-    began = time.perf_counter()
-    function(*given)
-    sync(device)
-    return time.perf_counter() - began
+# The machine
 
 
 def seconds(device, function, *given):
@@ -79,13 +68,6 @@ def seconds(device, function, *given):
     while len(times) < 3 or sum(times) < 0.5:
         times.append(once(device, function, *given))
     return sum(times) / len(times)
-
-
-def peak(device):
-    """Peak memory of this process in GiB: the device's, or resident."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def machine(device):
@@ -101,82 +83,13 @@ def machine(device):
     return {"flops": max(rates), "bytes": 2 * source.nbytes / seconds(device, target.copy_, source)}
 
 
-def timed_training(times, batches, device):
-    """The figures of training steps on batches [[(ids, start of what is learned), ...], ...]; the first two warm up."""
-    tokens = sum(len(ids) for batch in batches[2:] for ids, _ in batch)
-    return {"tokens": tokens, "seconds": sum(times[2:]), "peak": peak(device)}
-
-
-def timed_edits(edit, prompts, batch, passes, device):
-    """The figures of edit(prompts), which yields (place, new ids): of all prompts, the longest first, after a first
-    `batch` to warm up. The fastest of the passes counts."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    prompts, times = [prompts[i] for i in order], []
-    dict(edit(prompts[:batch]))
-    for _ in range(passes):
-        began = time.perf_counter()
-        written = {order[place]: new for place, new in edit(prompts)}
-        sync(device)
-        times.append(time.perf_counter() - began)
-    return {"seconds": min(times), "peak": peak(device), "written": [written[i] for i in range(len(order))]}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Measurements of peers: torch, the peer, and nothing else
-
-
-def train_trl(folder, device, batches, eos):
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            sync(device)
-            times.append(time.perf_counter() - self.began)
-    rows = [{"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
-            for batch in batches for ids, start in batch]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token=eos, pad_token=eos)
-    config = SFTConfig(output_dir=f"{folder}/trl", per_device_train_batch_size=len(batches[0]), bf16=True,
-                       max_length=MAX_TOKENS, max_steps=len(batches), use_cpu=device == "cpu",
-                       gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-                       train_sampling_strategy="sequential", learning_rate=1e-5)
-    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    SFTTrainer(llama, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-               callbacks=[Clock()]).train()
-    return timed_training(times, batches, device)
-
-
-def align_transformers(folder, device, prompts, dtype, batch, passes):
-    from transformers import AutoModelForCausalLM
-    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    eos = llama.config.eos_token_id
-    stops = eos if isinstance(eos, list) else [eos]
-
-    def edit(prompts):
-        for start in range(0, len(prompts), batch):
-            yield from enumerate(edit_together(prompts[start:start + batch]), start)
-
-    def edit_together(prompts):
-        longest = max(map(len, prompts))
-        ids = torch.tensor([stops[:1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        new = llama.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
-                             pad_token_id=stops[0])[:, longest:].tolist()
-        return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in new]
-    return timed_edits(edit, prompts, batch, passes, device)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Measurements of ours
 
 
-def train_ours(folder, device, batches):
-    return timed_steps(checkpoint.load(folder, device=device), batches, train.Options(micro_tokens=4096), device)
+def train_ours(folder, device, batches, method="sft", **options):
+    options = train.Options(**{"micro_tokens": 4096, **options})
+    return timed_steps(checkpoint.load(folder, device=device), batches, options, device, train.METHODS[method])
 
 
 def train_large(folder, device, batches, config, options):
@@ -189,21 +102,27 @@ def train_large(folder, device, batches, config, options):
     return timed_steps(llama, batches, options, device)
 
 
-def timed_steps(llama, batches, options, device):
-    """Steps as train.train takes them, at the highest learning rate."""
+def timed_steps(llama, batches, options, device, method=train.METHODS["sft"]):
+    """Steps as train.train takes them, at the highest learning rate, after the reference's log-probabilities."""
     llama.checkpoint_activations = options.checkpoint_activations
+    steps, reference, losses = [examples_from(batch, method.pairs) for batch in batches], 0.0, []
+    if method.reference:
+        for some in (steps[:WARM], steps[WARM:]):
+            reference = once(device, train.add_ref_logprobs, llama, sum(some, []), options, False)
     optimizer = train.make_optimizer(llama, options)
 
     def step(examples):
         packed = list(train.pack(examples, options.micro_tokens, llama.device))
-        train.train_step(llama, optimizer, packed, train.METHODS["sft"], options.lr, options)
-    times = [once(device, step, examples_from(batch)) for batch in batches]
-    return timed_training(times, batches, device)
+        losses.append(train.train_step(llama, optimizer, packed, method, options.lr, options)[0])
+    times = [once(device, step, examples) for examples in steps]
+    return timed_training(times, losses, batches, device, reference)
 
 
-def examples_from(batch):
-    """data.Examples of a batch [(ids, start of what is learned), ...]."""
-    return [data.Example([data.Document(array("i", ids), start)]) for ids, start in batch]
+def examples_from(batch, pairs=False):
+    """data.Examples of a batch [(ids, start of what is learned), ...], of each or of each two."""
+    documents = [data.Document(array("i", ids), start) for ids, start in batch]
+    size = 2 if pairs else 1
+    return [data.Example(documents[first:first + size]) for first in range(0, len(documents), size)]
 
 
 def fresh(size, dtype, device):
@@ -250,29 +169,22 @@ def decode(folder, device, config, dtype):
 # Each measurement in its process
 
 
-JOBS = {"train_trl": train_trl, "align_transformers": align_transformers, "train_ours": train_ours,
-        "train_large": train_large, "align_ours": align_ours, "decode": decode}
+JOBS = {**peers.JOBS, "train_ours": train_ours, "train_large": train_large, "align_ours": align_ours, "decode": decode}
 
 
 def measure(kind, folder, device, peer=None, **job):
-    """The figures of one of JOBS in a process of its own, those of PEERS under the Python `peer`; None where a peer
-    fails, and says so."""
+    """The figures of one of JOBS in a process of its own, a peer's under its Python; None where that fails,
+    and says so."""
     (folder / "job.json").write_text(json.dumps({"device": device, **job}))
-    python = peer if kind in PEERS else sys.executable
-    ended = subprocess.run([python, __file__, "--job", kind, str(folder)], capture_output=True, text=True)
+    command = [peer, peers.__file__] if kind in peers.JOBS else [sys.executable, __file__, "--job"]
+    ended = subprocess.run([*command, kind, str(folder)], capture_output=True, text=True)
     if ended.returncode:
         said = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix("error: ")
-        if kind not in PEERS:
+        if kind not in peers.JOBS:
             raise UserError(f"{kind}: {said}")
-        print(f"{kind}: failed under {python}: {said}", file=sys.stderr)
+        print(f"{kind}: failed under {peer}: {said}", file=sys.stderr)
         return None
     return json.loads(ended.stdout.strip().splitlines()[-1])
-
-
-def run_job(kind, folder):
-    """What such a process does."""
-    job = json.loads((Path(folder) / "job.json").read_text())
-    print("\n" + json.dumps(JOBS[kind](folder, **job)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -329,23 +241,47 @@ def aligners(folder, aligner):
     return [(f"{millions:.1f}M", folder / "narrow"), ("40M", folder / "wide")]
 
 
-def training_batches(tokenizer, pairs, steps):
-    """Batches of 8 examples: two to warm up, then those that are timed. pairs: a file, or None: embedded texts."""
-    wanted = 8 * (steps + 2)
-    if pairs:
-        rows = formats.read_completions(pairs)
+def start(folder, model, tokenizer):
+    """(name, Config, tokenizer) of the Llama to train, written to a folder: a given one, or a 40M one from scratch."""
+    llama = checkpoint.load(model) if model else Llama(Config(**SIZE))
+    checkpoint.save(llama, folder)
+    if model or tokenizer:
+        words = checkpoint.load_tokenizer(Path(tokenizer).parent if tokenizer else model, llama)
     else:
-        texts = toy.pretraining_texts(80 * wanted, 0)
-        rows = ({"prompt": "", "completion": "\n\n".join(some)} for some in zip(*[texts] * 16))
-    config = Config(**SIZE)
-    examples, _ = data.encode_examples(tokenizer, itertools.islice(rows, 5 * wanted), config.bos_token_id,
-                                       config.eos_token_id, MAX_TOKENS)
+        words = toy.train_tokenizer(list(toy.pretraining_texts(500, 0)))
+    words.save(str(folder / "tokenizer.json"))
+    return Path(model).resolve().name if model else "40M", llama.config, words
+
+
+def completions(pairs, count):
+    """Rows to fine-tune on, of a file or about the embedded world."""
+    if pairs:
+        return formats.read_completions(pairs)
+    texts = toy.pretraining_texts(80 * count, 0)
+    return ({"prompt": "", "completion": "\n\n".join(some)} for some in zip(*[texts] * 16))
+
+
+def preferences(pairs, count):
+    """Pairs of a file or of the embedded world, the better response first; those as good as each other are left out."""
+    rows = formats.read_preferences(pairs) if pairs else formats.compared(toy.rated(count, 0), "helpful")
+    for row in rows:
+        if row["p_a"] != 0.5:
+            texts = [row["response_a"], row["response_b"]][::1 if row["p_a"] > 0.5 else -1]
+            yield formats.preference(row["prompt"], *texts, row["principle"], 1.0)
+
+
+def training_batches(tokenizer, config, read, pairs, steps):
+    """Batches of documents [(ids, start of what is learned), ...] of BATCH examples: some to warm up, then those that
+    are timed. read: completions or preferences; pairs: their file, or None: the embedded world."""
+    wanted, longest = BATCH * (WARM + steps), min(MAX_TOKENS, config.max_position_embeddings)
+    rows = itertools.islice(read(pairs, wanted), 20 * wanted)
+    stop = config.stop_ids[0] if config.stop_ids else None
+    examples, _ = data.encode_examples(tokenizer, rows, config.bos_token_id, stop, longest)
     if len(examples) < wanted:
         raise UserError(f"{pairs or 'the embedded world'}: gives {len(examples)} of {wanted} examples of at most "
-                        f"{MAX_TOKENS} tokens; give more, or fewer --steps")
-    documents = [example.documents[0] for example in examples]
-    return [[(list(document.ids), document.start) for document in documents[first:first + 8]]
-            for first in range(0, wanted, 8)]
+                        f"{longest} tokens; give more, or fewer --steps")
+    return [[(list(document.ids), document.start) for example in examples[first:first + BATCH]
+             for document in example.documents] for first in range(0, wanted, BATCH)]
 
 
 def random_batches(words, lengths, count):
@@ -408,11 +344,11 @@ def print_line(what, ours=None, peer=None, note="", decimals=0):
     print(f"{what:<46}{figures[0]:>14}{figures[1]:>14}{ratio:>9}  {note}".rstrip(), flush=True)
 
 
-def utilisation(size, batches, ours, rates):
+def utilisation(config, batches, ours, rates):
     """Of the steps that were timed, in words."""
-    timed = [example for batch in batches[2:] for example in batch]
+    timed = [example for batch in batches[WARM:] for example in batch]
     targets = sum(len(ids) - max(start, 1) for ids, start in timed)
-    work = flops(Config(**size), [len(ids) for ids, _ in timed], targets)
+    work = flops(config, [len(ids) for ids, _ in timed], targets)
     return f"{100 * work / ours['seconds'] / rates['flops']:.0f} % of the matrix product; {ours['peak']:.1f} GiB"
 
 
@@ -433,19 +369,66 @@ def bench_machine(device):
     return rates
 
 
-def bench_train(folder, device, rates, peer, steps, pairs, tokenizer):
-    llama = Llama(Config(**SIZE))
-    checkpoint.save(llama, folder)
-    tokenizer = (checkpoint.load_tokenizer(Path(tokenizer).parent, llama) if tokenizer else
-                 toy.train_tokenizer(list(toy.pretraining_texts(500, 0))))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    batches = training_batches(tokenizer, pairs, steps)
+def bench_train(folder, device, rates, peer, steps, pairs, tokenizer, model):
+    name, config, tokenizer = start(folder, model, tokenizer)
+    batches = training_batches(tokenizer, config, completions, pairs, steps)
     ours = measure("train_ours", folder, device, batches=batches)
-    eos = tokenizer.id_to_token(llama.config.eos_token_id)
+    eos = end_word(tokenizer, config)
     theirs = measure("train_trl", folder, device, peer, batches=batches, eos=eos) if peer else None
-    speed, other = (run and run["tokens"] / run["seconds"] for run in (ours, theirs))
-    note = utilisation(SIZE, batches, ours, rates) + (f", TRL {theirs['peak']:.1f} GiB" if theirs else "")
-    print_line("train: SFT, 40M, real tokens/s", speed, other, note)
+    note = utilisation(config, batches, ours, rates) + (f", TRL {theirs['peak']:.1f} GiB" if theirs else "")
+    print_line(f"train: SFT, {name}, real tokens/s", speed(ours), theirs and speed(theirs), note)
+
+
+def end_word(tokenizer, config):
+    """What TRL pads with: masked, so any word would do."""
+    return tokenizer.id_to_token(config.stop_ids[0] if config.stop_ids else 0)
+
+
+def speed(run):
+    return run["tokens"] / run["seconds"]
+
+
+def bench_dpo(folder, device, peer, steps, pairs, tokenizer, model):
+    """The losses of the first steps in fp32, which begin at log 2 and agree while log-probabilities, masks and updates
+    do; then the speed, in turns."""
+    name, config, tokenizer = start(folder, model, tokenizer)
+    batches = training_batches(tokenizer, config, preferences, pairs, steps)
+
+    def ours(precision="auto"):
+        return measure("train_ours", folder, device, batches=batches, method="dpo", precision=precision, weight_decay=0,
+                       **DPO)
+
+    def theirs(way):
+        return measure("dpo_trl", folder, device, peer, batches=batches, eos=end_word(tokenizer, config), **DPO, **way)
+    mine, tried = [ours()], [(way, theirs(way)) for way in WAYS if peer]
+    tried = [(way, run) for way, run in tried if run]
+    for run in [run for way, run in tried if not way["bf16"]]:
+        print_losses(f"dpo: {name}, fp32", ours("fp32")["losses"], run["losses"])
+    others, note = [], ""
+    if tried:
+        way, run = max(tried, key=lambda pair: speed(pair[1]))
+        others.append(run)
+        for _ in range(TURNS - 1):
+            mine.append(ours())
+            others += [run for run in [theirs(way)] if run]
+        ratios = [speed(run) / speed(other) for run, other in zip(mine, others)]
+        each = "; ".join(f"{way_in_words(way)}: {speed(run):,.0f}" for way, run in tried)
+        note = (f"best of {TURNS} turns, {min(ratios):.2f} to {max(ratios):.2f} x; TRL best with {way_in_words(way)} "
+                f"(first turn: {each})")
+    print_line(f"dpo: {name}, real tokens/s", *(max(map(speed, runs), default=None) for runs in (mine, others)), note)
+
+
+def print_losses(what, ours, theirs):
+    """A line for each of the first steps; how far apart the two are, of all."""
+    apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    for step, both in enumerate(zip(ours[:4], theirs), 1):
+        note = f"steps 1 to {len(ours)}: at most {apart:.0e} apart" if step == 1 else ""
+        print_line(f"{what}, loss of step {step}", *both, note, decimals=5)
+
+
+def way_in_words(way):
+    return (f"{'bf16' if way['bf16'] else 'fp32'}, {way['together']} at a time, reference "
+            f"{'first' if way['precompute'] else 'in each step'}")
 
 
 def bench_large(folder, device, rates, steps):
@@ -459,17 +442,16 @@ def bench_large(folder, device, rates, steps):
             ("LoRA of rank 16, {}", "GiB", "7B", [*row, 2048], dict(lean, lora_rank=16))):
         label, size = large_size(name, device)
         what = f"large: {what.format(label)}, {unit}"
-        batches = random_batches(size["vocab_size"], lengths, steps + 2)
+        batches = random_batches(size["vocab_size"], lengths, WARM + steps)
         try:
             ours = measure("train_large", folder, device, batches=batches, config=size, options=options)
         except UserError as error:  # for want of memory, say
             print_line(what, note=f"failed: {error}")
             continue
-        speed = ours["tokens"] / ours["seconds"]
         if unit == "GiB":
-            print_line(what, ours["peak"], note=f"{speed:,.0f} tokens/s", decimals=1)
+            print_line(what, ours["peak"], note=f"{speed(ours):,.0f} tokens/s", decimals=1)
         else:
-            print_line(what, speed, note=utilisation(size, batches, ours, rates))
+            print_line(what, speed(ours), note=utilisation(Config(**size), batches, ours, rates))
 
 
 def bench_align(folder, device, peer, aligner, answers, count):
@@ -510,10 +492,10 @@ def bench_copy(folder, device, aligner):
         for batch, count in ((1, 16), (16, 64)):
             prompts = chosen[:count]
             guessing, plain = (edits(where, prompts, batch, 3, draft) for draft in (DRAFT, 0))
-            speed, other = (sum(map(len, run["written"])) / run["seconds"] for run in (guessing, plain))
+            pace, other = (sum(map(len, run["written"])) / run["seconds"] for run in (guessing, plain))
             same = sum(a == b for a, b in zip(guessing["written"], plain["written"]))
             note = f"{100 * guessing['copied']:.0f} % copied; {same} of {len(prompts)} the same text; against draft=0"
-            print_line(f"copy: {label}, batch {batch}, new tokens/s", speed, other, note)
+            print_line(f"copy: {label}, batch {batch}, new tokens/s", pace, other, note)
 
 
 def bench_decode(folder, device, rates):
@@ -533,7 +515,8 @@ def bench_decode(folder, device, rates):
 # Command line
 
 
-PARTS = {"train": bench_train, "large": bench_large, "align": bench_align, "copy": bench_copy, "decode": bench_decode}
+PARTS = {"train": bench_train, "dpo": bench_dpo, "large": bench_large, "align": bench_align, "copy": bench_copy,
+         "decode": bench_decode}
 
 
 def arguments(argv=None):
@@ -542,8 +525,9 @@ def arguments(argv=None):
     add("parts", nargs="*", metavar="PART", help=f"what to time: {' '.join(names)} (default: all)")
     add("--peer", metavar="PYTHON", help="a Python with torch, transformers, datasets and trl; without it, only ours")
     add("--aligner", default="runs/story/aligner", metavar="FOLDER", help="default: what `make train` wrote")
-    add("--pairs", metavar="FILE", help="training data, as train.py reads it (default: texts of the embedded world)")
-    add("--tokenizer", metavar="FILE", help="the tokenizer.json for --pairs")
+    add("--model", metavar="FOLDER", help="the Llama that train and dpo start from (default: 40M, from scratch)")
+    add("--pairs", metavar="FILE", help="training data, as train.py reads it (default: the embedded world's)")
+    add("--tokenizer", metavar="FILE", help="the tokenizer.json for --pairs (default: that of --model)")
     add("--answers", metavar="FILE", help="answers to edit, as align.py reads them (default: the embedded world's)")
     add("--steps", type=number(int, 1), default=4, metavar="N", help="training steps that are timed (default 4)")
     add("--count", type=number(int, 1), default=64, metavar="N", help="answers to edit (default 64)")
@@ -569,14 +553,17 @@ def parts_wanted(parts, aligner):
 def main():
     args = arguments()
     if args.job:
-        run_job(*args.job)
+        run_job(JOBS, *args.job)
         return
     device, parts = device_named(args.device).type, parts_wanted(args.parts, args.aligner)
-    if (args.pairs or args.tokenizer) and Path(args.tokenizer or "").name != "tokenizer.json":
-        raise UserError("--pairs: give --tokenizer too, the tokenizer.json that its texts are to be cut with")
+    uncut = args.pairs and not (args.tokenizer or args.model)
+    if uncut or args.tokenizer and Path(args.tokenizer).name != "tokenizer.json":
+        raise UserError("--pairs: give --model, or --tokenizer, the tokenizer.json that its texts are to be cut with")
     rates = bench_machine(device)
+    training = dict(peer=args.peer, steps=args.steps, pairs=args.pairs, tokenizer=args.tokenizer, model=args.model)
     given = {
-        "train": dict(rates=rates, peer=args.peer, steps=args.steps, pairs=args.pairs, tokenizer=args.tokenizer),
+        "train": dict(rates=rates, **training),
+        "dpo": training,
         "large": dict(rates=rates, steps=args.steps),
         "align": dict(peer=args.peer, aligner=args.aligner, answers=args.answers, count=args.count),
         "copy": dict(aligner=args.aligner),
@@ -588,7 +575,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if PEERS & set(sys.argv):
-        main()  # as the peer's users have it: without common.keep_memory
-    else:
-        cli(main)
+    cli(main)

@@ -35,8 +35,8 @@ from resume import kept, whole_run
 from rivals import BRIEF, OBJECTIVES, RIVALS, UNSEEN, Entry, World
 
 QUICK = ("start", "best-of-n", "metaaligner", "aligner", "dpo", "modpo", "ric", "rloo", "conditioned")
-FULL_SIZE = dict(reading={"texts": 600}, steps=300, questions=3000, prompts=300)
-QUICK_SIZE = dict(reading={"texts": 300}, steps=100, questions=1500, prompts=150)
+FULL_SIZE = dict(reading={"texts": 400}, practice=500, steps=100, questions=3000, prompts=200)
+QUICK_SIZE = dict(reading={"texts": 300}, practice=400, steps=60, questions=2000, prompts=150)
 MIXES = [{"helpful": w, BRIEF: 1 - w} for w in (1.0, 0.75, 0.5, 0.25, 0.0)]  # the front's weights
 FRONTS = ("best-of-n", "metaaligner", "dpo", "modpo", "ric", "cpo", "rloo", "soup", "mod", "conditioned")
 TOLD = ("metaaligner", "conditioned")  # told names, not weights: three points of the front
@@ -164,7 +164,7 @@ def run_seed(out, seed, names, quick, device):
     world = World(out / f"seed-{seed}", seed, device, size["steps"], full=not quick)
     with whole_run(world.out, {"seed": seed, "size": size}, "compare"):
         announce(f"seed {seed}: the start")
-        rivals.build(world, size["reading"], size["questions"], size["prompts"])
+        rivals.build(world, **{name: value for name, value in size.items() if name != "steps"})
         return {"table": tables(world, names), "fronts": fronts(world, names), "prices": prices(world, names)}
 
 

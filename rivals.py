@@ -49,7 +49,7 @@ TEXTS = {name: wordings.objective(name) for name in (*OBJECTIVES, UNSEEN)} | {
     BRIEF: Objective(BRIEF, "say as little as possible", ("use few words", "be as short as you can", "The shorter.")),
     SIMPLE.name: SIMPLE}
 LENGTH = 64  # tokens of an answer, at most
-POLICY = train.Options(lr=1e-3, batch=32, weight_decay=0.01, epochs=1e6, max_tokens=512, val_share=0.0)
+POLICY = train.Options(lr=3e-4, batch=32, weight_decay=0.01, epochs=1e6, max_tokens=512, val_share=0.0)
 
 
 @dataclass
@@ -86,13 +86,14 @@ class Entry:
 # The world: a start, rated answers, questions
 
 
-def build(world, reading, questions, prompts):
-    """The foundation, the start, rated answers and test questions; trained and drawn once, read if they are there."""
-    story.pretrain(world.out, world.seed, world.device, reading)
-    rated = list(toy.rated(questions, world.seed + 11, responses=4, bent=0.0))
-    rng = random.Random(f"start {world.seed}")
-    rows = [{"prompt": row["prompt"], "completion": f" {rng.choice(row['responses'])['text']}"} for row in rated]
-    fit(world, "start", "sft", rows, world.out / "foundation", max_steps=min(world.steps, 150), lr=2e-3)
+def build(world, reading, practice, questions, prompts):
+    """The foundation, the start, rated answers and test questions; trained and drawn once, read if they are there.
+    reading, practice: optimizer steps of the foundation and of the start, which says what the rated answers say."""
+    ratings = [text.format(name) for name in (*OBJECTIVES, BRIEF) for text in ("<{}>", " <{}>", "< {}:", " < {}:")]
+    story.pretrain(world.out, world.seed, world.device, reading, phrases=ratings)  # so that conditions are short
+    rated = list(rated_answers(questions, world.seed))
+    rows = [{"prompt": row["prompt"], "completion": f" {text}"} for row in rated for text in row["texts"]]
+    fit(world, "start", "sft", rows, world.out / "foundation", max_steps=practice, lr=2e-3)
     rng = random.Random(f"test {world.seed}")
     world.prompts = [toy.question(rng)[0] for _ in range(prompts)]
     world.answers, world.again = (sampled(world, Writer(world.start, world.device), world.prompts, draw).answers
@@ -106,12 +107,21 @@ def build(world, reading, questions, prompts):
     write_jsonl(world.out / "rated.jsonl", (scored(row, world.scale) for row in rated))
 
 
+def rated_answers(count, seed, responses=4):
+    """Yield {"prompt", "texts"}: answers of anybody's manners, each of another's, about nothing but the question."""
+    rng = random.Random(f"rivals {seed}")
+    for _ in range(count):
+        prompt, number = toy.question(rng)
+        sentences = toy.material(rng, number, [])
+        yield {"prompt": prompt, "texts": [toy.write(rng, sentences, toy.manners(rng)) for _ in range(responses)]}
+
+
 def scored(row, scale):
     """A rated row with the comparison's objectives, in the given units; answers begin with a space, as when said."""
     return {"prompt": row["prompt"], "responses": [
-        {"text": f" {response['text']}",
-         "scores": {name: toy.score(name, row["prompt"], response["text"]) / unit for name, unit in scale.items()}}
-        for response in row["responses"]]}
+        {"text": f" {text}",
+         "scores": {name: toy.score(name, row["prompt"], text) / unit for name, unit in scale.items()}}
+        for text in row["texts"]]}
 
 
 def even(names=OBJECTIVES):
@@ -128,9 +138,12 @@ def as_text(weights):
 
 def fit(world, label, method, rows, base=None, **options):
     """Train `method` on rows (or on what its data function makes of the world's rated answers, where rows is None) from
-    the start, in the folder `label`. Gives its costs."""
-    options = replace(POLICY, **{"max_steps": world.steps, "seed": world.seed, **options})
-    rows = methods.METHODS[method].rows([world.out / "rated.jsonl"], options) if rows is None else rows
+    the start, in the folder `label`. Gives its costs. Those that learn from single answers take twice the steps, for a
+    pair is two answers, and a higher rate."""
+    learner = methods.METHODS[method]
+    single = {} if learner.pairs else {"lr": 3e-3, "max_steps": 2 * world.steps}
+    options = replace(POLICY, **{"max_steps": world.steps, "seed": world.seed, **single, **options})
+    rows = learner.rows([world.out / "rated.jsonl"], options) if rows is None else rows
     enough = options.max_steps * options.batch
     rows = random.Random(world.seed).sample(rows, enough) if len(rows) > enough else rows
     llama = checkpoint.load(base or world.start, device=world.device)
@@ -216,9 +229,10 @@ def train_editor(world, label, objectives, weights=None):
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
     warm = [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in chosen["equal"]]
-    few, most = max(1, world.steps // 20), world.steps - max(1, world.steps // 20)
-    first = fit(world, f"{label} warm-up", "better", warm, max_steps=few, lr=3e-3)
-    rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up", max_steps=most, lr=3e-3)
+    few = max(1, world.steps // 10)
+    first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
+    rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
+               max_steps=2 * world.steps - few)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -296,8 +310,8 @@ def ric(world, weights, knob, online=False):
 def ric_targets(world, weights):
     """{objective: z-score to ask for}: between the lowest and the highest that training showed (the paper: +-4.2)."""
     rated = list(formats.read_rated(world.out / "rated.jsonl"))
-    shown = [methods.z_scores(response["scores"], methods.score_scale(rated, list(weights)))
-             for row in rated for response in row["responses"]]
+    scale = methods.score_scale(rated, list(weights))
+    shown = [methods.z_scores(response["scores"], scale) for row in rated for response in row["responses"]]
     length, targets = math.hypot(*weights.values()), {}
     for name, weight in weights.items():
         low, high = (pick(scores[name] for scores in shown) for pick in (min, max))

@@ -51,17 +51,18 @@ PROMPTS = 64                                          # questions to each policy
 # Training
 
 
-def pretrain(out, seed, device, steps=READING, shape=FOUNDATION):
+def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=()):
     """The foundation model, in out/foundation: it repeats made-up words, then reads texts. Gives these.
 
-    Its tokenizer is made of texts about made-up words, so that real ones, read or never read, are in pieces alike."""
+    Its tokenizer is made of texts about made-up words, so that real ones, read or never read, are in pieces alike; the
+    world's phrases, and further ones, are one token each."""
     def rows_of(part):
         count = round(1.02 * PRETRAIN.batch * steps[part]) + 10
         if part == "words":
             return list(toy.repetitions(count, seed))
         return [{"prompt": "", "completion": text} for text in toy.pretraining_texts(count, seed)]
     notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
-    tokenizer = toy.train_tokenizer(notes, 1536, toy.phrases())
+    tokenizer = toy.train_tokenizer(notes, 1536, [*toy.phrases(), *phrases])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = Llama(Config(vocab_size=vocabulary, **shape), seed).to(device)
     options, rows = replace(PRETRAIN, seed=seed), {part: rows_of(part) for part in steps}

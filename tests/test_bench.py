@@ -1,5 +1,7 @@
 """bench.py: that what is compared is the same thing, and the figures' arithmetic. Speeds are not tested."""
+import itertools
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import checkpoint
 import data
 import generate
 import lora
+import peers
 import toy
 import train
 from conftest import ROOT, refused, run, write
@@ -116,14 +119,17 @@ def test_a_fresh_model_lacks_nothing(dtype, tied):
         assert (parameter == 1).all() if "norm" in name else 0.01 < parameter.std() < 0.03, name
 
 
-@pytest.mark.parametrize("chosen", [
-    {}, dict(bf16_moments=True, checkpoint_activations=True), dict(lora_rank=3, max_grad_norm=0.1),
-    dict(precision="fp32")])
-def test_a_timed_step_is_one_of_training(tmp_path, chosen):
-    """Two steps of train.train, in which the learning rate is still the highest, leave the same weights."""
+@pytest.mark.parametrize("chosen, method", [
+    ({}, "sft"), (dict(bf16_moments=True, checkpoint_activations=True), "sft"),
+    (dict(lora_rank=3, max_grad_norm=0.1), "sft"), (dict(precision="fp32"), "sft"), (dict(beta=2.0), "dpo")])
+def test_a_timed_step_is_one_of_training(tmp_path, chosen, method):
+    """Two steps of train.train, in which the learning rate is still the highest, leave the same losses and weights."""
     options = train.Options(**{"lr": 1e-2, "warmup": 0, "batch": 6, "epochs": 1, "micro_tokens": 30,
                                "max_grad_norm": 0.5, "weight_decay": 0.1, "precision": "bf16", **chosen})
-    stage = train.Stage("sft", bench.examples_from([(ids, len(ids) % 4) for ids in random_prompts(*range(5, 17))]))
+    pairs = method == "dpo"
+    prompts = random_prompts(*range(5, 17 + 12 * pairs))
+    examples = bench.examples_from([(ids, len(ids) % 4) for ids in prompts], pairs)
+    stage = train.Stage(method, examples, method=train.METHODS[method])
     llamas = []
     for _ in range(2):
         llama = Llama(Config(**SIZE))
@@ -131,14 +137,60 @@ def test_a_timed_step_is_one_of_training(tmp_path, chosen):
     tokenizer = SimpleNamespace(to_str=lambda: "{}")
     rows = train.train(llamas[0], tokenizer, [stage], tmp_path / "out", options, progress=False)
     assert [row["lr"] for row in rows] == [1e-2, 1e-2] and max(row["grad_norm"] for row in rows) > options.max_grad_norm
-    chosen = [[example.documents[0] for example in train.examples_of(stage, step, options)] for step in range(2)]
-    batches = [[(list(document.ids), document.start) for document in documents] for documents in chosen]
-    bench.timed_steps(llamas[1], batches, options, "cpu")
+    chosen = [train.examples_of(stage, step, options) for step in range(2)]
+    batches = [[(list(document.ids), document.start) for example in batch for document in example.documents]
+               for batch in chosen]
+    found = bench.timed_steps(llamas[1], batches, options, "cpu", stage.method)
+    assert found["losses"] == [row["loss"] for row in rows]
     assert llamas[1].checkpoint_activations == options.checkpoint_activations
     untrained = dict(Llama(Config(**SIZE)).named_parameters())
-    for (name, expected), found in zip(llamas[0].named_parameters(), llamas[1].parameters(), strict=True):
-        assert torch.equal(expected, found), name
-        assert name not in untrained or torch.equal(found, untrained[name]) == bool(options.lora_rank), name
+    for (name, expected), now in zip(llamas[0].named_parameters(), llamas[1].parameters(), strict=True):
+        assert torch.equal(expected, now), name
+        assert name not in untrained or torch.equal(now, untrained[name]) == bool(options.lora_rank), name
+
+
+def test_the_time_of_the_reference_counts(tmp_path, monkeypatch):
+    """Every call takes as many seconds as it has pairs, at the reference, or 100, at a step; two steps warm up."""
+    checkpoint.save(Llama(Config(**SIZE)), tmp_path)
+    pairs = [[(ids, 3) for ids in random_prompts(5, 6, 7, 8)]] * 5
+
+    def once(device, function, *given):
+        function(*given)
+        return len(given[1]) if function is train.add_ref_logprobs else 100.0
+    monkeypatch.setattr(bench, "once", once)
+    found = here("train_ours", tmp_path, "cpu", batches=pairs, method="dpo", lr=1e-2)
+    assert found["seconds"] == 3 * 100 + 3 * 2 and found["tokens"] == 3 * (5 + 6 + 7 + 8) and found["peak"] > 0
+    assert found["losses"][0] == pytest.approx(math.log(2)) and found["losses"][4] < 0.6
+    assert here("train_ours", tmp_path, "cpu", batches=pairs)["seconds"] == 300, "fine-tuning has no reference"
+
+
+def test_trl_finds_the_same_losses(tmp_path, monkeypatch):
+    """DPO of both in fp32: log 2, then what moves with masks, stop tokens, the order of pairs and of updates. With a
+    clock that ticks when it is read: of four steps two count, and what the reference thinks of their eight pairs."""
+    pytest.importorskip("trl")
+    checkpoint.save(Llama(Config(**SIZE)), tmp_path)
+    tokenizer = toy.train_tokenizer(["Hello there"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for length in range(5, 21):
+        prompt = random_prompts(length)[0]
+        for answer in (length % 7 + 3, 14 - length % 5):
+            rows.append((prompt + torch.randint(3, 40, (answer,), generator=generator).tolist() + [2], length))
+    batches = [rows[first:first + 8] for first in range(0, len(rows), 8)]
+    same = dict(batches=batches, beta=0.5, lr=1e-2)
+    theirs = dict(same, eos=tokenizer.id_to_token(2), bf16=False)
+    ours = here("train_ours", tmp_path, "cpu", method="dpo", precision="fp32", weight_decay=0, **same)["losses"]
+    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    for together, precompute, ticks in ((1, True, 2 + 8), (4, False, 2)):
+        found = here("dpo_trl", tmp_path, "cpu", precompute=precompute, together=together, **theirs)
+        assert found["losses"] == pytest.approx(ours, abs=1e-3) and len(ours) == 4, (together, precompute)
+        assert found["seconds"] == ticks and found["tokens"] == sum(len(ids) for ids, _ in rows[16:])
+    monkeypatch.undo()
+    assert ours[0] == pytest.approx(math.log(2)) and max(abs(loss - ours[0]) for loss in ours[1:]) > 0.1
+    cut = [[(ids[:-1], start) for ids, start in batch] for batch in batches]
+    without = here("train_ours", tmp_path, "cpu", method="dpo", precision="fp32", weight_decay=0,
+                   **{**same, "batches": cut})["losses"]
+    assert without != pytest.approx(ours, abs=1e-2), "the stop token is heard"
 
 
 def test_lora_moves_its_adapters_alone(tmp_path, monkeypatch):
@@ -164,7 +216,7 @@ def test_what_precedes_the_first_tokens_is_not_in_the_time_of_one(tmp_path, monk
         assert len(prompts) == 1
         now += 7 + count / 2
     monkeypatch.setattr(generate, "generate", write_slowly)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now)
     found = here("decode", tmp_path, "cpu", config=SIZE, dtype="bfloat16")
     blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
     assert found == {"seconds": 0.5, "bytes": 2 * (blocks + 32 + 60 * 32)}
@@ -242,7 +294,7 @@ def test_training_is_compared(tmp_path, monkeypatch, capsys, peer):
     jobs = {}
     monkeypatch.setattr(bench, "measure", lambda kind, folder, *_, **job: jobs.update({kind: job}) or dict(
         tokens=1000, seconds=2 if kind == "train_ours" else 8, peak=3.5))
-    bench.bench_train(tmp_path, "cpu", RATES, peer, steps=2, pairs=None, tokenizer=None)
+    bench.bench_train(tmp_path, "cpu", RATES, peer, steps=2, pairs=None, tokenizer=None, model=None)
     batches = jobs["train_ours"]["batches"]
     documents = [document for batch in batches for document in batch]
     assert [len(batch) for batch in batches] == [8] * 4 and len({tuple(ids) for ids, _ in documents}) == 32
@@ -258,13 +310,79 @@ def test_training_is_compared(tmp_path, monkeypatch, capsys, peer):
 def test_too_few_pairs_are_told(tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", *[{"prompt": "Hello", "completion": " there"}] * 23)
     tokenizer = toy.train_tokenizer(["Hello there"])
+    config = Config(**SIZE)
     with pytest.raises(bench.UserError, match="23 of 24 examples"):
-        bench.training_batches(tokenizer, pairs, 1)
+        bench.training_batches(tokenizer, config, bench.completions, pairs, 1)
     write(pairs, *[{"prompt": "Hello", "completion": " there"}] * 24)
-    batches = bench.training_batches(tokenizer, pairs, 1)
+    batches = bench.training_batches(tokenizer, config, bench.completions, pairs, 1)
     assert [len(batch) for batch in batches] == [8, 8, 8]
     ids, start = batches[2][7]
     assert tokenizer.decode(ids[1:start]) == "Hello" and tokenizer.decode(ids[start:-1]) == " there"
+
+
+def test_pairs_are_handed_over_the_better_one_first(tmp_path):
+    """Two that are as good as each other are no pair; a model's own context and stop token are heeded."""
+    labels = [dict(prompt="Hello", response_a=" one", response_b=" two", p_a=p_a) for p_a in (0.9, 0.5, 0.2)]
+    long = dict(labels[0], response_a=" one" * 40)
+    pairs = write(tmp_path / "pairs.jsonl", *[*labels, long] * 12)
+    tokenizer = toy.train_tokenizer(["Hello one two"])
+    config = Config(**SIZE, max_position_embeddings=40, eos_token_id=[7, 8])
+    batches = bench.training_batches(tokenizer, config, bench.preferences, pairs, 1)
+    assert [len(batch) for batch in batches] == [16, 16, 16]
+    texts = [(tokenizer.decode(ids[1:start]), tokenizer.decode(ids[start:-1])) for ids, start in batches[1]]
+    assert texts == [("Hello", " one"), ("Hello", " two"), ("Hello", " two"), ("Hello", " one")] * 4
+    assert {(ids[0], ids[-1]) for batch in batches for ids, _ in batch} == {(1, 7)}
+    with pytest.raises(bench.UserError, match="24 of 32 examples of at most 40 tokens"):
+        bench.training_batches(tokenizer, config, bench.preferences, pairs, 2)
+
+
+def test_pairs_of_the_embedded_world_differ_in_how_helpful_they_are():
+    rows = [row for row, _ in zip(bench.preferences(None, 20), range(30))]
+    scores = [[toy.score("helpful", row["prompt"], row[key]) for key in ("response_a", "response_b")] for row in rows]
+    assert len(rows) == 30 and all(better > worse for better, worse in scores)
+
+
+def test_a_given_model_is_what_both_start_from(tmp_path, aligner):
+    given = Llama(checkpoint.load(aligner).config, seed=5)
+    checkpoint.save(given, tmp_path / "given")
+    words = checkpoint.load_tokenizer(aligner)
+    words.save(str(tmp_path / "given/tokenizer.json"))
+    for tokenizer in (None, aligner / "tokenizer.json"):
+        name, config, _ = bench.start(tmp_path, tmp_path / "given", tokenizer)
+        assert name == "given" and config == given.config
+        assert all(map(torch.equal, checkpoint.load(tmp_path).parameters(), given.parameters()))
+        assert checkpoint.load_tokenizer(tmp_path).to_str() == words.to_str()
+
+
+def test_dpo_is_compared_in_turns_and_trl_takes_its_fastest_way(tmp_path, monkeypatch, capsys, aligner):
+    """Ours takes 2, 4 and 1 seconds; TRL takes 8 at first, 5 in the best of its ways, and then 2 and 8."""
+    jobs, ours, theirs = [], iter([2, 9, 4, 1]), iter([8, None, 5, 9, 2, 8])
+
+    def measured(kind, folder, device, peer=None, **job):
+        jobs.append((kind, job))
+        time = next(ours if kind == "train_ours" else theirs)
+        losses = [0.7, 0.6, 0.5, 0.4, 0.3 if kind == "train_ours" else 0.25]
+        return time and dict(tokens=1000, seconds=time, losses=losses, peak=1.0)
+    monkeypatch.setattr(bench, "measure", measured)
+    bench.bench_dpo(tmp_path, "cpu", "python", 2, None, None, aligner)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    what = f"dpo: {aligner.name}"
+    assert lines[0] == f"{what}, fp32, loss of step 1 0.70000 0.70000 1.00 x steps 1 to 5: at most 5e-02 apart"
+    assert [line.split(" step ")[1] for line in lines[1:4]] == [f"{n} 0.{8 - n}0000 0.{8 - n}0000 1.00 x"
+                                                                for n in (2, 3, 4)]
+    assert lines[4:] == [
+        f"{what}, real tokens/s 1,000 500 2.00 x best of 3 turns, 0.50 to 8.00 x; TRL best with bf16, 1 at a time, "
+        "reference in each step (first turn: bf16, 1 at a time, reference first: 125; bf16, 1 at a time, reference in "
+        "each step: 200; fp32, 1 at a time, reference first: 111)"]
+    assert [kind for kind, _ in jobs] == ["train_ours"] + ["dpo_trl"] * 4 + ["train_ours"] * 2 + [
+        "dpo_trl", "train_ours", "dpo_trl"]
+    assert [job["precision"] for kind, job in jobs if kind == "train_ours"] == ["auto", "fp32", "auto", "auto"]
+    assert all((job["beta"], job["lr"], job["batches"]) == (0.1, 1e-4, jobs[0][1]["batches"]) for _, job in jobs)
+    tried = [{key: job[key] for key in ("bf16", "precompute", "together")} for kind, job in jobs if kind == "dpo_trl"]
+    assert tried == [*bench.WAYS, bench.WAYS[2], bench.WAYS[2]]
+    ours = iter([4])
+    bench.bench_dpo(tmp_path, "cpu", None, 2, None, None, aligner)
+    assert " ".join(capsys.readouterr().out.split()) == f"{what}, real tokens/s 250", "without a peer, ours alone"
 
 
 @pytest.fixture(scope="module")
@@ -367,13 +485,15 @@ def test_a_machine_is_measured(monkeypatch, capsys):
 
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys):
     for words, *said in (["flying"], "no such part"), (["copy", "--aligner", tmp_path], "make train"), \
-            (["train", "--pairs", "x.jsonl"], "--tokenizer"), (["machine", "--device", "abacus"], "abacus"), \
+            (["train", "--pairs", "x.jsonl"], "--tokenizer"), \
+            (["dpo", "--tokenizer", "words.json"], "tokenizer.json"), (["machine", "--device", "abacus"], "abacus"), \
             (["train", "--steps", "0"], "at least 1"):
         refused(bench, monkeypatch, capsys, words, *said)
 
 
 def test_without_an_aligner_all_is_the_rest(tmp_path, aligner, capsys):
-    assert bench.parts_wanted([], tmp_path) == ["train", "large", "decode"] and "make train" in capsys.readouterr().err
+    assert bench.parts_wanted([], tmp_path) == ["train", "dpo", "large", "decode"]
+    assert "make train" in capsys.readouterr().err
     assert bench.parts_wanted(["machine", "decode", "train"], tmp_path) == ["train", "decode"]
     assert bench.parts_wanted([], aligner) == list(bench.PARTS)
 
@@ -384,17 +504,31 @@ def test_a_peer_that_fails_is_told_and_passed_over(tmp_path, capsys):
     assert json.loads((tmp_path / "job.json").read_text())["device"] == "cpu"
 
 
-@pytest.mark.parametrize("kind", sorted(bench.PEERS))
+@pytest.mark.parametrize("kind", sorted(peers.JOBS))
 def test_a_peer_needs_nothing_of_ours(tmp_path, kind):
-    """Its Python runs this file with torch and the peer alone."""
+    """Its Python runs peers.py with torch and the peer alone."""
     (tmp_path / "job.json").write_text("{}")
-    watch = (f"import json, runpy, sys; sys.argv = ['bench.py', '--job', {kind!r}, {str(tmp_path)!r}]\n"
+    watch = (f"import json, runpy, sys; sys.argv = ['peers.py', {kind!r}, {str(tmp_path)!r}]\n"
              f"sys.path.insert(0, {str(ROOT)!r})\n"
-             "try: runpy.run_path('bench.py', run_name='__main__')\n"
+             "try: runpy.run_path('peers.py', run_name='__main__')\n"
              "except TypeError as error: print(error)\n"
              "print(json.dumps(sorted(sys.modules)))")
     said = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True, timeout=120)
     error, modules = said.stdout.splitlines()
     assert f"{kind}() missing" in error and "'batch" in error, said
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"tokenizers", "safetensors"}
-    assert ours & set(json.loads(modules)) == {"common"}
+    assert not ({path.stem for path in ROOT.glob("*.py")} | {"tokenizers", "safetensors"}) & set(json.loads(modules))
+
+
+def test_a_measurement_is_a_process_under_its_own_python(tmp_path, monkeypatch):
+    """A peer's runs peers.py under the peer's Python, ours bench.py under ours; each prints figures, last of all."""
+    commands = []
+
+    def run_here(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stdout='some words\n{"seconds": 3}\n', stderr="")
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
+    assert bench.measure("dpo_trl", tmp_path, "cpu", "python", beta=1) == {"seconds": 3}
+    assert bench.measure("decode", tmp_path, "cpu", dtype="float32") == {"seconds": 3}
+    assert commands == [["python", str(ROOT / "peers.py"), "dpo_trl", str(tmp_path)],
+                        [sys.executable, str(ROOT / "bench.py"), "--job", "decode", str(tmp_path)]]
+    assert json.loads((tmp_path / "job.json").read_text()) == {"device": "cpu", "dtype": "float32"}

@@ -1,0 +1,164 @@
+"""What bench.py times of its peers, transformers and TRL, and the clocks that it holds to both sides.
+
+    PEER_PYTHON peers.py KIND FOLDER     prints the figures of one of JOBS, on what FOLDER/job.json says
+
+bench.py starts it like this, with a Python that has torch and the peers, but perhaps not what our own files need: so it
+imports none of them. Token ids come from there: what is timed of both sides is the same work.
+"""
+import itertools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+MAX_TOKENS = 1024  # of the longest training example
+NEW_TOKENS = 256   # of the longest edit
+WARM = 2           # training steps before those that are timed
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Clocks and gauges, of both sides
+
+
+def sync(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def once(device, function, *given):
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function(*given)
+    sync(device)
+    return time.perf_counter() - began
+
+
+def peak(device):
+    """Peak memory of this process in GiB: the device's, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def timed_training(times, losses, batches, device, reference=0.0):
+    """The figures of training steps on batches [[(ids, start of what is learned), ...], ...]; the first WARM of them
+    warm up. reference: the seconds that the reference's log-probabilities took of the others."""
+    tokens = sum(len(ids) for batch in batches[WARM:] for ids, _ in batch)
+    return {"tokens": tokens, "seconds": sum(times[WARM:]) + reference, "losses": losses, "peak": peak(device)}
+
+
+def timed_edits(edit, prompts, batch, passes, device):
+    """The figures of edit(prompts), which yields (place, new ids): of all prompts, the longest first, after a first
+    `batch` to warm up. The fastest of the passes counts."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    prompts, times = [prompts[i] for i in order], []
+    dict(edit(prompts[:batch]))
+    for _ in range(passes):
+        began = time.perf_counter()
+        written = {order[place]: new for place, new in edit(prompts)}
+        sync(device)
+        times.append(time.perf_counter() - began)
+    return {"seconds": min(times), "peak": peak(device), "written": [written[i] for i in range(len(order))]}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+def train_trl(folder, device, batches, eos):
+    """TRL's fine-tuning."""
+    from trl import SFTConfig, SFTTrainer
+    rows = [{"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
+            for batch in batches for ids, start in batch]
+    times, losses = trained(SFTTrainer, SFTConfig, folder, device, rows, eos, max_steps=len(batches), bf16=True,
+                            per_device_train_batch_size=len(batches[0]), learning_rate=1e-5)
+    return timed_training(times, losses, batches, device)
+
+
+def dpo_trl(folder, device, batches, eos, beta, lr, bf16, precompute, together):
+    """TRL's DPO on pairs: in a batch, the better response is followed by the worse one. bf16: autocast. precompute: the
+    reference's log-probabilities before the first step, else in each. together: the pairs that are padded to one
+    length; of more, a step accumulates the gradients."""
+    from trl import DPOConfig, DPOTrainer
+    reference = []
+
+    class OnTokens(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def compute_ref_log_probs(self, *given):
+            began = time.perf_counter()
+            found = super().compute_ref_log_probs(*given)
+            sync(device)
+            reference.append(time.perf_counter() - began)
+            return found
+    rows = [{"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": worse[worse_start:]}
+            for batch in batches for (ids, start), (worse, worse_start) in zip(batch[::2], batch[1::2])]
+    times, losses = trained(OnTokens, DPOConfig, folder, device, rows, eos, max_steps=len(batches), bf16=bf16,
+                            precompute_ref_log_probs=precompute, per_device_train_batch_size=together,
+                            gradient_accumulation_steps=len(rows) // len(batches) // together, beta=beta,
+                            learning_rate=lr, lr_scheduler_type="constant", adam_beta2=0.95)
+    return timed_training(times, losses, batches, device, sum(reference[WARM * len(reference) // len(batches):]))
+
+
+def trained(Trainer, Config, folder, device, rows, eos, **options):
+    """(seconds, losses) of each step of one of TRL's trainers, which takes the rows in their order."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    times, losses = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            sync(device)
+            times.append(time.perf_counter() - self.began)
+
+        def on_log(self, *_, logs, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token=eos, pad_token=eos)
+    config = Config(output_dir=f"{folder}/trl", max_length=MAX_TOKENS, use_cpu=device == "cpu", logging_steps=1,
+                    gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                    train_sampling_strategy="sequential", **options)
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    Trainer(llama, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            callbacks=[Clock()]).train()
+    return times, losses
+
+
+def align_transformers(folder, device, prompts, dtype, batch, passes):
+    """transformers' generation, `batch` prompts at a time."""
+    from transformers import AutoModelForCausalLM
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    eos = llama.config.eos_token_id
+    stops = eos if isinstance(eos, list) else [eos]
+
+    def edit(prompts):
+        for start in range(0, len(prompts), batch):
+            yield from enumerate(edit_together(prompts[start:start + batch]), start)
+
+    def edit_together(prompts):
+        longest = max(map(len, prompts))
+        ids = torch.tensor([stops[:1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        new = llama.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
+                             pad_token_id=stops[0])[:, longest:].tolist()
+        return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in new]
+    return timed_edits(edit, prompts, batch, passes, device)
+
+
+JOBS = {"train_trl": train_trl, "dpo_trl": dpo_trl, "align_transformers": align_transformers}
+
+
+def run_job(jobs, kind, folder):
+    """What the process of a measurement does: one of the jobs, with what the folder says of it."""
+    job = json.loads((Path(folder) / "job.json").read_text())
+    print("\n" + json.dumps(jobs[kind](folder, **job)))
+
+
+if __name__ == "__main__":
+    run_job(JOBS, *sys.argv[1:])
