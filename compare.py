@@ -14,7 +14,8 @@ Killed anywhere, it goes on when it is started again.
     win       wins + ties / 2 against the start's answers, and against golden ones, mean over the five
     spoilt    objectives not asked for on which an answer is worse than the start's: share of (answer, objective)
     nats      divergence from the start (best-of-n: its upper bound); kept: share of the start's sentences that stand
-    tokens    trained on, in thousands; fresh: answers drawn for training; written: tokens at inference for each answer
+    tokens    trained on, in thousands; seconds: of that training; fresh: answers drawn for it
+    passes    texts written for each answer that is given, by how many models at once; written: their tokens
 """
 import random
 from dataclasses import asdict
@@ -43,7 +44,7 @@ TOLD = ("metaaligner", "conditioned")  # told names, not weights: three points o
 CORNER = -3.0  # in deviations: hypervolumes are of what is gained beyond this on both objectives
 UNASKED = [name for name in toy.NAMED if name not in OBJECTIVES]
 FIGURES = {"gain": 2, "worst": 2, "win": 1, "win, golden": 1, "spoilt": 1, "nats": 1, "kept": 0, "tokens": 0,
-           "seconds": 0, "fresh": 0, "written": 1}  # figure -> decimals
+           "seconds": 0, "fresh": 0, "passes": 0, "written": 1}  # figure -> decimals
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def shown(world, entry, asked=OBJECTIVES, before=None):
             "win, golden": sum(wins(name, world.prompts, entry.answers, golden) for name in asked) / len(asked),
             "spoilt": 100 * sum(spoilt) / len(spoilt), "nats": entry.nats, "kept": 100 * sum(stand) / len(stand),
             "tokens": entry.costs["tokens"] / 1000, "seconds": entry.costs["seconds"], "fresh": entry.costs["fresh"],
-            "written": entry.written / len(entry.answers), **dict(zip(asked, each))}
+            "passes": entry.draws, "written": entry.written / len(entry.answers), **dict(zip(asked, each))}
 
 
 def hypervolume(points, corner=CORNER):
@@ -102,7 +103,7 @@ def entry_of(world, label, make):
     """The Entry that make() gives, kept in a file."""
     path = world.out / "entries" / f"{plain(label)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept(world.out, f"entries/{path.name}", [label, code_of("compare")],
+    kept(world.out, f"entries/{path.name}", [label, code_of("rivals")],
          lambda: write_jsonl(path, [asdict(make())]))
     return Entry(**files.read_json(path))
 

@@ -300,7 +300,7 @@ def highest(world, names):
 
 
 def ric(world, weights, knob, online=False):
-    """RiC's offline stage, and its preference-to-target rule: low + (high - low) * w / |w|, within what was shown."""
+    """RiC's offline stage, asked for the scores that its rule makes of the weights."""
     names = dict.fromkeys(weights, 1.0)
     label = f"ric {as_text(names)}"
     costs = fit(world, label, "ric", None, weights=as_text(names))
@@ -308,14 +308,17 @@ def ric(world, weights, knob, online=False):
 
 
 def ric_targets(world, weights):
-    """{objective: z-score to ask for}: between the lowest and the highest that training showed (the paper: +-4.2)."""
+    """{objective: z-score to ask for} by RiC's "linf" rule, between the lowest and the highest that training showed
+    (the paper: +-4.2): the highest for the largest weight, low + (high - low) * min(n * w, 1) for others. A weight of
+    0 asks for the worst, not for anything. (Its "l2" rule asks for less than the mean when five weights are equal.)"""
     rated = list(formats.read_rated(world.out / "rated.jsonl"))
     scale = methods.score_scale(rated, list(weights))
     shown = [methods.z_scores(response["scores"], scale) for row in rated for response in row["responses"]]
-    length, targets = math.hypot(*weights.values()), {}
+    total, largest, targets = sum(weights.values()), max(weights.values()), {}
     for name, weight in weights.items():
         low, high = (pick(scores[name] for scores in shown) for pick in (min, max))
-        targets[name] = low + (high - low) * weight / length
+        share = 1.0 if weight == largest else min(len(weights) * weight / total, 1.0)
+        targets[name] = low + (high - low) * share
     return targets
 
 
@@ -394,9 +397,9 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "cpo": (cpo, [0.1]),
     "ric": (ric, [None]),
     "ric, all maxima": (ric_maxima, [None]),
-    "ppo": (partial(reinforced, advantages="gae"), [0.1]),
-    "rloo": (partial(reinforced, advantages="rloo"), [0.1, 0.5]),
-    "grpo": (partial(reinforced, advantages="gdpo"), [0.1]),
+    "ppo": (partial(reinforced, advantages="gae"), [0.02]),
+    "rloo": (partial(reinforced, advantages="rloo"), [0.02, 0.1]),
+    "grpo": (partial(reinforced, advantages="gdpo"), [0.02]),
     "soup": (soup, [0.1]),
     "mod": (mod, [0.1]),
     "conditioned": (conditioned, [None]),
