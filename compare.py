@@ -14,7 +14,7 @@ Killed anywhere, it goes on when it is started again.
     win       wins + ties / 2 against the start's answers, and against golden ones, mean over the five
     spoilt    objectives not asked for on which an answer is worse than the start's: share of (answer, objective)
     nats      divergence from the start (best-of-n: its upper bound); kept: share of the start's sentences that stand
-    tokens    trained on, in thousands; seconds: of that training; fresh: answers drawn for it
+    tokens    trained on, in thousands; seconds: of its steps (a reference's pass comes on top); fresh: answers drawn
     passes    texts written for each answer that is given, by how many models at once; written: their tokens
 """
 import random
@@ -108,13 +108,18 @@ def entry_of(world, label, make):
     return Entry(**files.read_json(path))
 
 
+def label_of(name, knob):
+    """What a rival is called in the table: with its knob, where it has several values."""
+    return name if len(RIVALS[name][1]) == 1 else f"{name} {knob:g}"
+
+
 def tables(world, names):
     """{rival, knob: figures} with equal weights."""
     found = {}
     for name in names:
         function, knobs = RIVALS[name]
         for knob in knobs if world.full else knobs[:1]:
-            label = name if knob is None or len(knobs) == 1 else f"{name} {knob:g}"
+            label = label_of(name, knob)
             announce(f"seed {world.seed}: {label}")
             entry = entry_of(world, label, partial(function, world, rivals.even(), knob))
             found[label] = shown(world, entry)
@@ -173,8 +178,8 @@ def run_seed(out, seed, names, quick, device):
 # The page
 
 
-AGNOSTIC = ("best-of-n", "metaaligner", "aligner")
-FREE_WEIGHTS = ("best-of-n", "metaaligner", "ric", "cpo", "soup", "mod", "conditioned")  # (told names: on or off)
+FREE_WEIGHTS = ("best-of-n", "metaaligner", "ric", "ric, online", "cpo", "soup", "mod", "conditioned")
+# of these, metaaligner and conditioned are told names, which are weights of 0 and 1
 
 
 def text_table(head, rows):
@@ -204,11 +209,12 @@ def main_table(results):
 
 
 def price_table(results):
-    """Table 1's columns with what each costs."""
+    """Table 1's columns with what each costs, of those that train or were measured on what is new."""
     rows = []
-    for name in (name for name in RIVALS if any(label == name or label.startswith(f"{name} ")
-                                                for label in results[0]["table"]) and name != "start"):
-        label = next(label for label in results[0]["table"] if label == name or label.startswith(f"{name} "))
+    for name, (_, knobs) in RIVALS.items():
+        label = label_of(name, knobs[0])
+        if label not in results[0]["table"] or name in ("start", "self-refinement"):
+            continue
         again = f"train again, {told([result['table'][label]['seconds'] for result in results], 0)} s"
 
         def measured(what, unit, decimals, name=name):
@@ -217,7 +223,7 @@ def price_table(results):
         rows.append([name, measured("new policy", "deviations", 2) or "impossible without its weights",
                      "0 s" if name in FREE_WEIGHTS else again,
                      measured("new objective", "% wins on it", 0) or f"ratings of it, and {again}"])
-    return ["", "a policy never trained on", "weights never trained on", "an objective never trained on"], rows
+    return ["", "a policy never trained on", "weights never trained on", "an objective never rated"], rows
 
 
 def front_table(results):
@@ -259,13 +265,14 @@ def report(out, results, quick):
     mean_front = {name: [tuple(sum(axis) / len(results) for axis in zip(*spots)) for spots in
                          zip(*(result["fronts"][name] for result in results))] for name in results[0]["fronts"]}
     note = ("One seed, short trainings: an impression, no result." if quick else
+            "One seed; in brackets, a 95 % interval over questions." if len(results) == 1 else
             f"{len(results)} seeds; ± is a 95 % interval over seeds (Student).")
     parts = [f"<p>{note} Asked for: {', '.join(OBJECTIVES)}.</p>",
              "<h2>Five objectives at once</h2>", html_table(*main),
              "<h2>What is new costs (MetaAligner's Table 1)</h2>", html_table(*prices_),
              "<h2>Helpful against brief: two objectives that conflict</h2>", front_chart(mean_front),
              html_table(*front),
-             f"<pre>{escape(__doc__.partition('    gain')[2])}</pre>"]
+             f"<pre>{escape(__doc__[__doc__.index('    gain'):])}</pre>"]
     write_page(out / "report.html", "nanoalign: the rivals, measured", parts)
     write_jsonl(out / "results.json", [results])
     return f"{note}\n\n" + "\n\n".join(text_table(*table) for table in (main, prices_, front))
@@ -280,9 +287,9 @@ def main():
     add("--only", nargs="+", choices=list(RIVALS), metavar="RIVAL", help=f"some of {', '.join(RIVALS)}")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
-    names = ["start", *(name for name in args.only or (QUICK if args.quick else RIVALS) if name != "start")]
+    names = list(dict.fromkeys(["start", *(args.only or (QUICK if args.quick else RIVALS))]))
     out, device = Path(args.out), device_named(args.device)
-    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    seeds = dict.fromkeys(args.seeds or ([0] if args.quick else [0, 1, 2]))  # one given twice counts once
     results = [run_seed(out, seed, names, args.quick, device) for seed in seeds]
     print("\n" + report(out, results, args.quick) + f"\n\nwrote {out / 'report.html'}")
 

@@ -10,6 +10,7 @@
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
     raft                 fine-tuned on the best answer of each prompt
     modpo, cpo, ric      as published; cpo and ric are asked for the objectives' highest scores they were shown
+    ric, online          the same, and one round of learning from its own answers
     ric, all maxima      the paper's "SFT" column: scores as they are, asked for the maxima all at once
     ppo, rloo, grpo      reinforcement learning on the exact scores (MORLHF)                   kl_coef
     soup, mod            one DPO model per objective, their weights or their next tokens joined
@@ -42,7 +43,7 @@ from align import Writer
 from objectives import Objective
 
 OBJECTIVES = ("helpful", "harmless", "honest", "humour", "polite")  # what the comparison asks for, with equal weights
-UNSEEN = "empathetic"                                               # asked for in words, in no training data here
+UNSEEN = "empathetic"  # no answer is rated on it; the foundation has read of it, as a real one has
 BRIEF = "conciseness"  # fewer sentences of any kind: at odds with "helpful", which counts the right ones
 SIMPLE = Objective("weighted", "be better")                         # the one objective of Aligner, always named
 TEXTS = {name: wordings.objective(name) for name in (*OBJECTIVES, UNSEEN)} | {
@@ -73,7 +74,7 @@ class World:
 @dataclass
 class Entry:
     """A rival's answers, one to each of the world's prompts, and what they cost. costs: of training, {"tokens",
-    "seconds", "fresh": answers drawn for it}. read, written: tokens at inference of all answers; draws: answers that
+    "seconds", "fresh": answers drawn for it}. written: tokens at inference of all answers; draws: answers that
     were written for each that is given. nats: its divergence from the start, where it has one."""
     answers: list
     costs: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "fresh": 0})
@@ -153,8 +154,9 @@ def fit(world, label, method, rows, base=None, **options):
     return {"tokens": told[-1]["tokens"], "seconds": told[-1]["seconds"], "fresh": 0}
 
 
-def sampled(world, writer, prompts, draw=0):
-    """An Entry of one answer to each prompt at temperature 1; another for another draw."""
+def sampled(world, writer, prompts, draw=1):
+    """An Entry of one answer to each prompt at temperature 1; another for another draw. Draw 0 is what all figures are
+    against, so that what is drawn anew from the start shows what drawing alone does."""
     ids = [writer.encode(prompt, LENGTH) for prompt in prompts]
     seeds = [seed_from(world.seed, draw, i) for i in range(len(ids))]
     texts = dict(writer.write(ids, LENGTH, 64, temperature=1.0, seeds=seeds))
@@ -237,10 +239,11 @@ def train_editor(world, label, objectives, weights=None):
 
 
 def edited(world, writer, answers, objectives, costs):
-    """An Entry of edits of answers, asked for objectives."""
+    """An Entry of edits of answers, asked for objectives; drawn at temperature 1, as policies' answers are."""
     items = [{"prompt": prompt, "original": answer, "objectives": objectives}
              for prompt, answer in zip(world.prompts, answers)]
-    entry = counted(writer, Entry([item["aligned"] for item in story.edit(writer, items, world.seed)], costs))
+    edits = story.edit(writer, items, world.seed, temperature=1.0)
+    entry = counted(writer, Entry([item["aligned"] for item in edits], costs))
     entry.written += counted(writer, Entry(answers)).written
     entry.draws = 2
     return entry
@@ -299,7 +302,7 @@ def highest(world, names):
     return {name: max(score[name] for score in scores) for name in names}
 
 
-def ric(world, weights, knob, online=False):
+def ric(world, weights, knob):
     """RiC's offline stage, asked for the scores that its rule makes of the weights."""
     names = dict.fromkeys(weights, 1.0)
     label = f"ric {as_text(names)}"
@@ -320,6 +323,40 @@ def ric_targets(world, weights):
         share = 1.0 if weight == largest else min(len(weights) * weight / total, 1.0)
         targets[name] = low + (high - low) * share
     return targets
+
+
+def ric_online(world, weights, knob, count=512):
+    """RiC with one round online: the policy is asked for scores near the best, and goes on learning from what it then
+    says, under the scores obtained, and from half as many rated answers; of both, those that are among the best 30 % of
+    the drawn ones on an objective."""
+    names, rng = dict.fromkeys(weights, 1.0), random.Random(f"online {world.seed}")
+    first, label = ric(world, weights, knob), f"ric {as_text(names)}"
+    rated = list(formats.read_rated(world.out / "rated.jsonl"))
+    scale = methods.score_scale(rated, list(names))
+    shown = [(row["prompt"], response["text"], methods.z_scores(response["scores"], scale))
+             for row in rated for response in row["responses"]]
+    prompts = [row["prompt"] for row in rng.choices(rated, k=count)]
+    asked = [methods.asked_scores(near_the_best(rng, [scores for _, _, scores in shown], names)) for _ in prompts]
+    drawn = sampled(world, Writer(world.out / label, world.device), list(map(str.__add__, asked, prompts)), 3).answers
+    said = [(prompt, f" {text}", methods.z_scores(
+        {name: toy.score(name, prompt, text) / world.scale[name] for name in names}, scale))
+        for prompt, text in zip(prompts, drawn)]
+    bar = {name: sorted(scores[name] for _, _, scores in said)[int(0.7 * count)] for name in names}
+    good = [[row for row in found if any(row[2][name] >= bar[name] for name in names)] for found in (said, shown)]
+    rows = [{**methods.after_text(methods.asked_scores(scores), prompt), "completion": text}
+            for prompt, text, scores in good[0] + rng.sample(good[1], min(len(good[1]), count // 2))]
+    more = fit(world, f"{label} online", "sft", rows, world.out / label, max_steps=max(1, world.steps // 2), lr=1e-3)
+    costs = {name: first.costs[name] + more[name] for name in more} | {"fresh": count}
+    return policy(world, f"{label} online", costs, methods.asked_scores(ric_targets(world, weights)))
+
+
+def near_the_best(rng, shown, names):
+    """{objective: z-score}, drawn evenly between the lowest and the highest shown; then the highest for all but the one
+    that was drawn lowest, RiC's guess at the Pareto front."""
+    ends = {name: [pick(scores[name] for scores in shown) for pick in (min, max)] for name in names}
+    place = {name: rng.random() for name in names}
+    lowest = min(place, key=place.get)
+    return {name: low + (high - low) * place[name] if name == lowest else high for name, (low, high) in ends.items()}
 
 
 def ric_maxima(world, weights, knob):
@@ -345,8 +382,11 @@ def reinforced(world, weights, kl_coef, advantages):
     prompts = list(dict.fromkeys(row["prompt"] for row in formats.read_rated(world.out / "rated.jsonl")))
     told = ppo.improve(llama, tokenizer, prompts, ppo.ExactScorer(names), [weights[name] for name in names], "linear",
                        world.out / label, options, resume=True, overwrite=True)
-    fresh = options.iterations * options.rollouts
-    return policy(world, label, {"tokens": told[-1]["tokens"], "seconds": told[-1]["seconds"], "fresh": fresh})
+    drawn = options.iterations * options.rollouts
+    asked = sum(map(len, data.text_ids(tokenizer, prompts))) / len(prompts)  # prompts are trained on with responses
+    costs = {"tokens": round(options.update_epochs * (told[-1]["tokens"] + drawn * asked)),
+             "seconds": told[-1]["seconds"], "fresh": drawn + options.reference_count}
+    return policy(world, label, costs)
 
 
 def singles(world, weights, beta):
@@ -396,6 +436,7 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "modpo": (partial(preferred, method="modpo"), [0.1]),
     "cpo": (cpo, [0.1]),
     "ric": (ric, [None]),
+    "ric, online": (ric_online, [None]),
     "ric, all maxima": (ric_maxima, [None]),
     "ppo": (partial(reinforced, advantages="gae"), [0.02]),
     "rloo": (partial(reinforced, advantages="rloo"), [0.02, 0.1]),

@@ -154,10 +154,11 @@ def judged_objectives(item):
     return [*named, str(toy.INTACT)]
 
 
-def edit(aligner, items, seed):
+def edit(aligner, items, seed, **sampling):
     """The items with their edits under "aligned", in their order."""
     items = [{**item, "index": index} for index, item in enumerate(items)]
-    return sorted(align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed), key=lambda item: item["index"])
+    edits = align(aligner, items, None, batch=64, max_new_tokens=256, seed=seed, **sampling)
+    return sorted(edits, key=lambda item: item["index"])
 
 
 def judge(edited, seed):
