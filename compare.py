@@ -12,7 +12,8 @@ Killed anywhere, it goes on when it is started again.
     gain      mean over the five objectives, in deviations, against the start's answers to the same questions
     worst     the same of the objective that gained least
     win       wins + ties / 2 against the start's answers, and against golden ones, mean over the five
-    spoilt    objectives not asked for on which an answer is worse than the start's: share of (answer, objective)
+    spoilt    objectives not asked for on which an answer is worse than the start's: share of (answer, objective); the
+              row "start", its answers drawn anew, shows how much of it drawing alone does
     nats      divergence from the start (best-of-n: its upper bound); kept: share of the start's sentences that stand
     tokens    trained on, in thousands; seconds: of its steps (a reference's pass comes on top); fresh: answers drawn
     passes    texts written for each answer that is given, by how many models at once; written: their tokens
@@ -40,7 +41,7 @@ FULL_SIZE = dict(reading={"texts": 400}, practice=500, steps=100, questions=3000
 QUICK_SIZE = dict(reading={"texts": 300}, practice=400, steps=60, questions=2000, prompts=150)
 MIXES = [{"helpful": w, BRIEF: 1 - w} for w in (1.0, 0.75, 0.5, 0.25, 0.0)]  # the front's weights
 FRONTS = ("best-of-n", "metaaligner", "dpo", "modpo", "ric", "cpo", "rloo", "soup", "mod", "conditioned")
-TOLD = ("metaaligner", "conditioned")  # told names, not weights: three points of the front
+TOLD = ("metaaligner", "cpo", "conditioned")  # told which objectives, not how much: three points of the front
 CORNER = -3.0  # in deviations: hypervolumes are of what is gained beyond this on both objectives
 UNASKED = [name for name in toy.NAMED if name not in OBJECTIVES]
 FIGURES = {"gain": 2, "worst": 2, "win": 1, "win, golden": 1, "spoilt": 1, "nats": 1, "kept": 0, "tokens": 0,
@@ -103,7 +104,7 @@ def entry_of(world, label, make):
     """The Entry that make() gives, kept in a file."""
     path = world.out / "entries" / f"{plain(label)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept(world.out, f"entries/{path.name}", [label, code_of("rivals")],
+    kept(world.out, f"entries/{path.name}", [label, code_of("compare")],
          lambda: write_jsonl(path, [asdict(make())]))
     return Entry(**files.read_json(path))
 
@@ -178,8 +179,8 @@ def run_seed(out, seed, names, quick, device):
 # The page
 
 
-FREE_WEIGHTS = ("best-of-n", "metaaligner", "ric", "ric, online", "cpo", "soup", "mod", "conditioned")
-# of these, metaaligner and conditioned are told names, which are weights of 0 and 1
+FREE_WEIGHTS = ("best-of-n", "ric", "ric, online", "soup", "mod")
+ON_OR_OFF = ("metaaligner", "cpo", "conditioned")  # told names or ratings: an objective has a weight or has none
 
 
 def text_table(head, rows):
@@ -221,7 +222,7 @@ def price_table(results):
             values = [result["prices"].get(name, {}).get(what) for result in results]
             return f"0 s: {told(values, decimals)} {unit}" if any(value is not None for value in values) else None
         rows.append([name, measured("new policy", "deviations", 2) or "impossible without its weights",
-                     "0 s" if name in FREE_WEIGHTS else again,
+                     "0 s" if name in FREE_WEIGHTS else "0 s, on or off" if name in ON_OR_OFF else again,
                      measured("new objective", "% wins on it", 0) or f"ratings of it, and {again}"])
     return ["", "a policy never trained on", "weights never trained on", "an objective never rated"], rows
 

@@ -220,7 +220,7 @@ def pairs_of(world, objectives, weights=None):
         response["text"] = response["text"].strip()
         if weights:
             response["scores"] = {SIMPLE.name: methods.weighted(response["scores"], weights)}
-    pairs = data.reformulate(rows, objectives, replace(story.PAIRING, seed=world.seed))
+    pairs = data.reformulate(rows, objectives, data.Pairing(seed=world.seed))  # as published
     return list(map(story.after_a_space, pairs))
 
 
