@@ -408,7 +408,7 @@ def test_tables_tell_means_and_students_intervals_over_seeds():
 def test_prices_are_of_those_that_train_by_the_first_value_of_their_knob():
     rows = {row[0]: row[1:] for row in compare.price_table([result()])[1]}
     assert rows == {
-        "metaaligner": ["0 s: 0.50 deviations", "0 s", "0 s: 60 % wins on it"],
+        "metaaligner": ["0 s: 0.50 deviations", "0 s, on or off", "0 s: 60 % wins on it"],
         "dpo": ["impossible without its weights", "train again, 20 s", "ratings of it, and train again, 20 s"],
         "ric": ["impossible without its weights", "0 s", "ratings of it, and train again, 40 s"]}
 
