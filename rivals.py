@@ -4,7 +4,7 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words
+    metaaligner          one aligner, told all objectives in words                             length of its training
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
@@ -224,8 +224,8 @@ def pairs_of(world, objectives, weights=None):
     return list(map(story.after_a_space, pairs))
 
 
-def train_editor(world, label, objectives, weights=None):
-    """An aligner: a warm-up by identity, then pairs. Gives its costs."""
+def train_editor(world, label, objectives, times, weights=None):
+    """An aligner: a warm-up by identity, then pairs, `times` as long as the others train. Gives its costs."""
     rows = pairs_of(world, objectives, weights)
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
@@ -234,7 +234,7 @@ def train_editor(world, label, objectives, weights=None):
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
-               max_steps=2 * world.steps - few)
+               max_steps=2 * times * world.steps - few)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -249,15 +249,16 @@ def edited(world, writer, answers, objectives, costs):
     return entry
 
 
-def metaaligner(world, weights, knob, answers=None):
-    costs = train_editor(world, "metaaligner", [TEXTS[name] for name in (*OBJECTIVES, BRIEF)])
+def metaaligner(world, weights, times, answers=None):
+    label = f"metaaligner {times}"
+    costs = train_editor(world, label, [TEXTS[name] for name in (*OBJECTIVES, BRIEF)], times)
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
-    return edited(world, Writer(world.out / "metaaligner", world.device), answers or world.answers, asked, costs)
+    return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
 
-def aligner(world, weights, knob, answers=None):
-    label = f"aligner {as_text(weights)}"
-    costs = train_editor(world, label, [SIMPLE], weights)
+def aligner(world, weights, times, answers=None):
+    label = f"aligner {as_text(weights)} {times}"
+    costs = train_editor(world, label, [SIMPLE], times, weights)
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, [SIMPLE], costs)
 
 
@@ -425,8 +426,8 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, [None]),
-    "aligner": (aligner, [None]),
+    "metaaligner": (metaaligner, [4, 1]),
+    "aligner": (aligner, [4]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
     "ipo": (partial(preferred, method="ipo"), [0.1]),
     "simpo": (partial(preferred, method="simpo"), [2.0]),
