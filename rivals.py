@@ -224,7 +224,7 @@ def pairs_of(world, objectives, weights=None):
     return list(map(story.after_a_space, pairs))
 
 
-def train_editor(world, label, objectives, times, weights=None):
+def train_editor(world, label, objectives, weights=None, times=1):
     """An aligner: a warm-up by identity, then pairs, `times` as long as the others train. Gives its costs."""
     rows = pairs_of(world, objectives, weights)
     random.Random(world.seed).shuffle(rows)
@@ -251,14 +251,14 @@ def edited(world, writer, answers, objectives, costs):
 
 def metaaligner(world, weights, times, answers=None):
     label = f"metaaligner {times}"
-    costs = train_editor(world, label, [TEXTS[name] for name in (*OBJECTIVES, BRIEF)], times)
+    costs = train_editor(world, label, [TEXTS[name] for name in (*OBJECTIVES, BRIEF)], times=times)
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
 
 def aligner(world, weights, times, answers=None):
     label = f"aligner {as_text(weights)} {times}"
-    costs = train_editor(world, label, [SIMPLE], times, weights)
+    costs = train_editor(world, label, [SIMPLE], weights, times)
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, [SIMPLE], costs)
 
 
