@@ -111,7 +111,7 @@ def entry_of(world, label, make):
 
 def label_of(name, knob):
     """What a rival is called in the table: with its knob, where it has several values."""
-    return name if len(RIVALS[name][1]) == 1 else f"{name} {knob:g}"
+    return name if len(RIVALS[name][1]) == 1 else f"{name} {knob}"
 
 
 def tables(world, names):

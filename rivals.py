@@ -4,7 +4,7 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words                             length of its training
+    metaaligner          one aligner, told all objectives in words                             which pairs it learns
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
@@ -213,20 +213,32 @@ def value(world, weights, prompt, text):
     return sum(weight * toy.score(name, prompt, text) / world.scale.get(name, 1.0) for name, weight in weights.items())
 
 
-def pairs_of(world, objectives, weights=None):
-    """Pairs for an aligner; with weights, towards their sum alone."""
+def pairs_of(world, names, pairing):
+    """Pairs for an aligner that is asked for objectives of names. Where no objective may get worse (dominance), BRIEF
+    counts only where it is asked for: else no edit could add a sentence."""
     rows = list(formats.read_rated(world.out / "rated.jsonl"))
     for response in (response for row in rows for response in row["responses"]):
         response["text"] = response["text"].strip()
-        if weights:
-            response["scores"] = {SIMPLE.name: methods.weighted(response["scores"], weights)}
-    pairs = data.reformulate(rows, objectives, data.Pairing(seed=world.seed))  # as published
+    pairing = replace(pairing, seed=world.seed)
+    others = [name for name in names if name != BRIEF or not pairing.dominance]
+    pairs = list(data.reformulate(rows, [TEXTS[name] for name in others], pairing))
+    if len(others) < len(names):
+        everything = data.reformulate(rows, [TEXTS[name] for name in names], pairing)
+        pairs += [pair for pair in everything if BRIEF in pair["objectives"]]
     return list(map(story.after_a_space, pairs))
 
 
-def train_editor(world, label, objectives, weights=None, times=1):
-    """An aligner: a warm-up by identity, then pairs, `times` as long as the others train. Gives its costs."""
-    rows = pairs_of(world, objectives, weights)
+def sum_pairs(world, weights):
+    """Pairs for an aligner that is told nothing: an answer and one with a higher weighted sum."""
+    rows = list(formats.read_rated(world.out / "rated.jsonl"))
+    for response in (response for row in rows for response in row["responses"]):
+        response["text"] = response["text"].strip()
+        response["scores"] = {SIMPLE.name: methods.weighted(response["scores"], weights)}
+    return list(map(story.after_a_space, data.reformulate(rows, [SIMPLE], data.Pairing(seed=world.seed))))
+
+
+def train_editor(world, label, rows):
+    """An aligner: a warm-up by identity, then pairs; twice as long as others train. Gives its costs."""
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
@@ -234,7 +246,7 @@ def train_editor(world, label, objectives, weights=None, times=1):
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
-               max_steps=2 * times * world.steps - few)
+               max_steps=4 * world.steps - few)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -249,16 +261,16 @@ def edited(world, writer, answers, objectives, costs):
     return entry
 
 
-def metaaligner(world, weights, times, answers=None):
-    label = f"metaaligner {times}"
-    costs = train_editor(world, label, [TEXTS[name] for name in (*OBJECTIVES, BRIEF)], times=times)
+def metaaligner(world, weights, pairs, answers=None):
+    label, pairing = f"metaaligner {pairs}", {"dominance": story.PAIRING, "paper's pairs": data.Pairing()}[pairs]
+    costs = train_editor(world, label, pairs_of(world, (*OBJECTIVES, BRIEF), pairing))
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
 
-def aligner(world, weights, times, answers=None):
-    label = f"aligner {as_text(weights)} {times}"
-    costs = train_editor(world, label, [SIMPLE], weights, times)
+def aligner(world, weights, knob, answers=None):
+    label = f"aligner {as_text(weights)}"
+    costs = train_editor(world, label, sum_pairs(world, weights))
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, [SIMPLE], costs)
 
 
@@ -426,8 +438,8 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, [4, 1]),
-    "aligner": (aligner, [4]),
+    "metaaligner": (metaaligner, ["dominance", "paper's pairs"]),
+    "aligner": (aligner, [None]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
     "ipo": (partial(preferred, method="ipo"), [0.1]),
     "simpo": (partial(preferred, method="simpo"), [2.0]),
