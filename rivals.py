@@ -63,7 +63,6 @@ class World:
     full: bool = True                              # False: one value of each knob
     prompts: list = field(default_factory=list)    # the test questions
     answers: list = field(default_factory=list)    # the start's, one to each
-    again: list = field(default_factory=list)      # the start's, drawn once more
     scale: dict = field(default_factory=dict)      # {objective: deviation of the start's scores}
 
     @property
@@ -97,8 +96,7 @@ def build(world, reading, practice, questions, prompts):
     fit(world, "start", "sft", rows, world.out / "foundation", max_steps=practice, lr=2e-3)
     rng = random.Random(f"test {world.seed}")
     world.prompts = [toy.question(rng)[0] for _ in range(prompts)]
-    world.answers, world.again = (sampled(world, Writer(world.start, world.device), world.prompts, draw).answers
-                                  for draw in (0, 1))
+    world.answers = sampled(world, Writer(world.start, world.device), world.prompts, 0).answers
     known = [row["prompt"] for row in rated[:256]]
     own = sampled(world, Writer(world.start, world.device), known, 2).answers
     for name in (*OBJECTIVES, BRIEF):
@@ -171,10 +169,10 @@ def counted(writer, entry):
 
 def policy_entry(world, writer, costs, before=""):
     """What a trained policy answers, told `before`; with its divergence from the start."""
-    entry = sampled(world, writer, [before + prompt for prompt in world.prompts])
-    start = Writer(world.start, world.device)
-    ours = text_logprobs(writer, [before + prompt for prompt in world.prompts], entry.answers)
-    theirs = text_logprobs(start, world.prompts, entry.answers)
+    told = [methods.after_text(before, prompt)["prompt"] for prompt in world.prompts]
+    entry = sampled(world, writer, told)
+    ours = text_logprobs(writer, told, entry.answers)
+    theirs = text_logprobs(Writer(world.start, world.device), world.prompts, entry.answers)
     entry.nats, entry.costs = float((ours - theirs).mean()), costs
     return entry
 
@@ -196,7 +194,7 @@ def policy(world, label, costs, before=""):
 
 
 def start(world, weights, knob):
-    return counted(Writer(world.start, world.device), Entry(world.again, nats=0.0))
+    return replace(sampled(world, Writer(world.start, world.device), world.prompts), nats=0.0)
 
 
 def best_of_n(world, weights, n):
@@ -213,13 +211,17 @@ def value(world, weights, prompt, text):
     return sum(weight * toy.score(name, prompt, text) / world.scale.get(name, 1.0) for name, weight in weights.items())
 
 
+def drafts(world):
+    """The rated answers as an aligner's prompt holds them, without the space that policies begin with."""
+    rows = list(formats.read_rated(world.out / "rated.jsonl"))
+    return [{**row, "responses": [{**response, "text": response["text"].strip()} for response in row["responses"]]}
+            for row in rows]
+
+
 def pairs_of(world, names, pairing):
     """Pairs for an aligner that is asked for objectives of names. Where no objective may get worse (dominance), BRIEF
     counts only where it is asked for: else no edit could add a sentence."""
-    rows = list(formats.read_rated(world.out / "rated.jsonl"))
-    for response in (response for row in rows for response in row["responses"]):
-        response["text"] = response["text"].strip()
-    pairing = replace(pairing, seed=world.seed)
+    rows, pairing = drafts(world), replace(pairing, seed=world.seed)
     others = [name for name in names if name != BRIEF or not pairing.dominance]
     pairs = list(data.reformulate(rows, [TEXTS[name] for name in others], pairing))
     if len(others) < len(names):
@@ -230,9 +232,8 @@ def pairs_of(world, names, pairing):
 
 def sum_pairs(world, weights):
     """Pairs for an aligner that is told nothing: an answer and one with a higher weighted sum."""
-    rows = list(formats.read_rated(world.out / "rated.jsonl"))
+    rows = drafts(world)
     for response in (response for row in rows for response in row["responses"]):
-        response["text"] = response["text"].strip()
         response["scores"] = {SIMPLE.name: methods.weighted(response["scores"], weights)}
     return list(map(story.after_a_space, data.reformulate(rows, [SIMPLE], data.Pairing(seed=world.seed))))
 

@@ -192,10 +192,11 @@ def world(small, tmp_path_factory):
 
 
 def test_a_world_is_built_once_and_another_seed_has_other_questions(world, capsys):
-    again = replace(world, prompts=[], answers=[], again=[], scale={})
+    again = replace(world, prompts=[], answers=[], scale={})
     rivals.build(again, **SIZE)
     assert asdict(again) == asdict(world) and capsys.readouterr().out.count("finished already") == 2
-    assert len(world.prompts) == len(world.answers) == SIZE["prompts"] and world.again != world.answers
+    assert len(world.prompts) == len(world.answers) == SIZE["prompts"]
+    assert rivals.start(world, {}, None).answers != world.answers
     raw, rated = (list(formats.read_rated(world.out / name)) for name in ("raw.jsonl", "rated.jsonl"))
     for old, new in zip(raw, rated):
         for a, b in zip(old["responses"], new["responses"]):
