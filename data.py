@@ -241,15 +241,18 @@ class Document:
 
 @dataclass(slots=True)
 class Example:
-    """What a loss sees at once: one document, or the two of a pair."""
+    """What a loss sees at once: one document, the two of a pair, or all answers to a prompt, the best first."""
     documents: list  # of Document
     label: float = 1.0  # of a pair: the probability that the first is the better one
     gap: float = 0.0    # of a pair of rated responses: by how much the first one's score is higher
+    rewards: list | None = None       # of ranked answers: one each
     ref_logprobs: list | None = None  # of the completions under the reference, where a method needs them
 
 
 def completions_of(row):
-    """The one completion of an example or pair, or the two responses of a preference."""
+    """The one completion of an example or pair, the two responses of a preference, or ranked ones."""
+    if "ranked" in row:
+        return row["ranked"]
     return [row["completion"]] if "completion" in row else [row["response_a"], row["response_b"]]
 
 
@@ -309,7 +312,7 @@ def encode_documents(tokenizer, rows, bos_id, eos_id, max_tokens=None):
 
 def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):
     """(list of Examples, number dropped as too long). Rows {"prompt", "completion", "context"?} give one document each;
-    preferences give two, labelled p_a."""
+    preferences give two, labelled p_a; ranked answers ("ranked", with their "rewards") as many as there are."""
     rows, examples, dropped = iter(rows), [], 0
     with tqdm(desc="tokenise", unit=" examples", delay=2, disable=None) as bar:
         while chunk := list(itertools.islice(rows, 1000)):
@@ -320,7 +323,8 @@ def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):
                 if None in documents:
                     dropped += 1
                 else:
-                    examples.append(Example(documents, 1.0 if "completion" in row else row["p_a"], row.get("gap", 0.0)))
+                    label = row.get("p_a", 1.0) if len(documents) > 1 else 1.0
+                    examples.append(Example(documents, label, row.get("gap", 0.0), row.get("rewards")))
             bar.update(len(chunk))
     return examples, dropped
 

@@ -121,6 +121,22 @@ def bco(logprobs, ref_logprobs, labels, beta):
     return F.binary_cross_entropy_with_logits(scores, good, reduction="sum")
 
 
+def pro(logprobs, sizes, rewards, sft_coef):
+    """PRO (Song et al., arXiv 2306.17492, eqs. 7 to 9), on all K answers to a prompt, the best first: each is to be
+    the likeliest, per token, of itself and those after it. Rewards set temperatures: against answer i, answer k counts
+    reward_k - reward_i, and itself the largest of these. To this is added the best one's negative log-likelihood times
+    sft_coef (the paper's code: 0.05 (K - 1)^2). No reference. With two answers whose rewards differ by 1:
+    -log sigmoid(the difference of their means), and that likelihood.
+
+    logprobs, sizes (P, K): of the answers; rewards (P, K), none higher than the one before it. Sum over prompts."""
+    means, loss = logprobs / sizes, -sft_coef * logprobs[:, 0].sum()
+    for k in range(means.shape[1] - 1):
+        gaps = rewards[:, k, None] - rewards[:, k:]                            # (P, K - k): 0 of k itself
+        gaps = torch.cat((gaps[:, -1:], gaps[:, 1:]), dim=1)                   # of k itself, now the largest
+        loss = loss - (gaps * means[:, k:]).log_softmax(dim=1)[:, 0].sum()
+    return loss
+
+
 def copg(logprobs, ref_logprobs, gaps, beta):
     """Contrastive policy gradient (Flet-Berliac et al., arXiv 2406.19185) as a regression: beta * the log-ratio is to
     be the difference of the rewards, gaps (P,). Its optimum is pi = ref * exp(reward / beta) / Z, from any pairs that

@@ -8,7 +8,7 @@
     reward                      preferences                                        Bradley-Terry; MORLAIF
     dpo, ipo, robust, rpo,      preferences, or answers rated on objectives        the DPO family (losses.py)
     simpo, orpo, kto, bco
-    copg, modpo                 answers rated on objectives                        CoPG; MODPO
+    copg, modpo, pro            answers rated on objectives                        CoPG; MODPO; PRO
     raft                        answers rated on objectives, the best of each      RAFT; best-of-n fine-tuning
     cpsft, cdpo                 answers rated on objectives                        CPO, its two steps
     ric, conditioned            answers rated on objectives                        RiC; conditioned on objectives' texts
@@ -181,6 +181,25 @@ def modpo_rows(paths, options):
     return rows
 
 
+def pro_rows(paths, options):
+    """All answers to a prompt, the best first by the weighted sum of their scores. As many for each prompt: those with
+    another number than most are left out, and so are prompts whose answers are all as good."""
+    weights, rows = weights_of(options.weights), []
+    for row in rated_rows(paths, weights):
+        ranked = sorted(((weighted(response["scores"], weights), response["text"]) for response in row["responses"]),
+                        key=lambda pair: -pair[0])
+        if ranked[0][0] > ranked[-1][0]:
+            rewards, texts = zip(*ranked)
+            rows.append({"prompt": row["prompt"], "ranked": list(texts), "rewards": list(rewards)})
+    if not rows:
+        raise UserError(f"{paths[0]}: no prompt has an answer that is better than another on {options.weights}; give "
+                        "other data or --weights")
+    size = statistics.mode(len(row["ranked"]) for row in rows)
+    if others := sum(len(row["ranked"]) != size for row in rows):
+        print(f"{paths[0]}: left out: {others:,} prompts that have another number of answers than {size}")
+    return [row for row in rows if len(row["ranked"]) == size]
+
+
 def raft_rows(paths, options):
     """The best of each prompt's answers by the weighted sum (RAFT, arXiv 2304.06767, with answers that are there; the
     first of equally good ones)."""
@@ -300,7 +319,7 @@ class Method:
 
     @property
     def pairs(self):
-        """Whether examples are pairs of responses."""
+        """Whether examples are pairs of responses, or more of them."""
         return self.loss is not cross_entropy
 
 
@@ -350,6 +369,10 @@ def copg(logprobs, batch, options):
     return losses.copg(batch.by_pair(logprobs), batch.ref_logprobs, batch.gaps, options.beta)
 
 
+def pro(logprobs, batch, options):
+    return losses.pro(batch.by_pair(logprobs), batch.sizes, batch.rewards, options.sft_coef)
+
+
 def modpo(logprobs, batch, options):
     weight = next(iter(weights_of(options.weights).values()))
     return losses.modpo(batch.by_pair(logprobs), batch.ref_logprobs, batch.labels, options.beta, weight, batch.gaps)
@@ -374,6 +397,7 @@ METHODS = {
     "bco": Method(preference_rows, bco, reference=True, batch_mean=True, options=("beta", *PAIRS)),
     "copg": Method(scored_rows, copg, reference=True, options=("beta", "weights")),
     "modpo": Method(modpo_rows, modpo, reference=True, options=("beta", "weights", "temperature")),
+    "pro": Method(pro_rows, pro, options=("sft_coef", "weights")),
     "raft": Method(raft_rows, cross_entropy, options=("weights",)),
     "cpsft": Method(cpsft_rows, cross_entropy, options=("weights",)),
     "cdpo": Method(cdpo_rows, dpo, reference=True, options=("beta", "label_smoothing", "weights", "temperature")),

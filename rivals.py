@@ -9,7 +9,9 @@
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
     raft                 fine-tuned on the best answer of each prompt
+    pro                  trained on all four answers to a question, ranked by the weighted sum
     modpo, cpo, ric      as published; cpo and ric are asked for the objectives' highest scores they were shown
+    modpo, implicit      MODPO, the margins by DPO models of the objectives instead of scores
     ric, online          the same, and one round of learning from its own answers
     ric, all maxima      the paper's "SFT" column: scores as they are, asked for the maxima all at once
     ppo, rloo, grpo      reinforcement learning on the exact scores (MORLHF)                   kl_coef
@@ -298,6 +300,24 @@ def raw_sums(world, weights, beta):
     return policy(world, "dpo on raw sums", fit(world, "dpo on raw sums", "dpo", rows, beta=beta))
 
 
+def modpo_implicit(world, weights, beta):
+    """MODPO whose margins are the implicit rewards of one DPO model for each objective but the first, as when there are
+    preferences and no scores: these are pairs' log-odds at temperature 1."""
+    weights = {name: weight for name, weight in weights.items() if weight}
+    label = f"modpo implicit {as_text(weights)} {beta}"
+    folders, _, costs = singles(world, dict(list(weights.items())[1:]), beta)
+    first, *others = weights
+    source = world.out / "rated.jsonl"
+    for name, folder in zip(others, folders):  # each adds its score to those that are there
+        made = world.out / f"{label} {name}.jsonl"
+        combine.run_implicit(folder, world.start, beta, f"{name}*", [source], made, world.device)
+        source = made
+    asked = {first: weights[first]} | {f"{name}*": weights[name] for name in others}
+    options = replace(POLICY, seed=world.seed, weights=as_text(asked))
+    rest = fit(world, label, "modpo", methods.modpo_rows([source], options), weights=as_text(asked), beta=beta)
+    return policy(world, label, {name: costs[name] + rest[name] for name in rest})
+
+
 def cpo(world, weights, beta):
     """CPSFT, then CDPO from it; asked for the highest rating of each objective that has a weight."""
     names = as_text(dict.fromkeys(weights, 1.0))
@@ -446,8 +466,10 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "simpo": (partial(preferred, method="simpo"), [2.0]),
     "copg": (partial(preferred, method="copg"), [0.1]),
     "raft": (partial(preferred, method="raft"), [None]),
+    "pro": (partial(preferred, method="pro", sft_coef=0.45), [None]),
     "dpo on raw sums": (raw_sums, [0.1]),
     "modpo": (partial(preferred, method="modpo"), [0.1]),
+    "modpo, implicit": (modpo_implicit, [0.1]),
     "cpo": (cpo, [0.1]),
     "ric": (ric, [None]),
     "ric, online": (ric_online, [None]),

@@ -69,7 +69,7 @@ class Options:
     label_smoothing: float = option(0.0, "dpo: share of labels taken as wrong (cDPO); robust: share known to be wrong",
                                     0, 0.49)
     margin: float = option(1.0, "simpo: log-odds by which the better response is to lead (the paper's gamma)", 0, 1e6)
-    sft_coef: float = option(0.005, "rpo: weight of the better response's likelihood", 0, 1e6)
+    sft_coef: float = option(0.005, "rpo, pro: weight of the better, the best response's likelihood", 0, 1e6)
     odds_coef: float = option(0.1, "orpo: weight of the odds ratio beside the likelihood", 0, 1e6)
     warmup_data: float = option(0.1, "aligner: part of the equal-preference pairs that the warm-up step takes", 0, 1)
 
@@ -96,9 +96,10 @@ class Batch:
     lengths: list                              # of the documents
     targets: torch.Tensor                      # (K,): the places of the completions' tokens
     document: torch.Tensor                     # (K,): which document each target stands in
-    pairs: torch.Tensor | None = None          # (P, 2): which documents are compared
+    pairs: torch.Tensor | None = None          # (P, 2): which documents are compared; of ranked answers (P, K)
     labels: torch.Tensor | None = None         # (P,): the probability that the first is the better one
     gaps: torch.Tensor | None = None           # (P,): by how much the first one's score is higher
+    rewards: torch.Tensor | None = None        # (P, K): of ranked answers, from high to low
     ref_logprobs: torch.Tensor | None = None   # (P, 2): of the responses, by the reference
 
     @property
@@ -107,12 +108,12 @@ class Batch:
         return len(self.targets) if self.pairs is None else len(self.pairs)
 
     def by_pair(self, logprobs):
-        """(P, 2): the log-probabilities (K,) of targets, summed over each response."""
+        """(P, 2), or (P, K): the log-probabilities (targets,) summed over each response."""
         return logprobs.new_zeros(len(self.lengths)).index_add(0, self.document, logprobs)[self.pairs]
 
     @property
     def sizes(self):
-        """(P, 2): how many targets each response has, its stop token among them."""
+        """(P, 2), or (P, K): how many targets each response has, its stop token among them."""
         return torch.bincount(self.document, minlength=len(self.lengths))[self.pairs]
 
 
@@ -194,10 +195,12 @@ def batch_of(examples, device):
     targets = learned.nonzero()[:, 0]
     document = torch.repeat_interleave(torch.arange(len(order)), torch.tensor(lengths))[targets]
     batch = Batch(tokens.to(device), lengths, targets.to(device), document.to(device))
-    if len(examples[0].documents) == 2:
-        batch.pairs = torch.tensor(order).argsort().view(-1, 2).to(device)
+    if len(examples[0].documents) > 1:
+        batch.pairs = torch.tensor(order).argsort().view(len(examples), -1).to(device)
         batch.labels, batch.gaps = (torch.tensor(values, dtype=torch.float32, device=device) for values in (
             [example.label for example in examples], [example.gap for example in examples]))
+    if examples[0].rewards:
+        batch.rewards = torch.tensor([example.rewards for example in examples], device=device)
     if examples[0].ref_logprobs:
         batch.ref_logprobs = torch.tensor([example.ref_logprobs for example in examples], device=device)
     return batch
@@ -336,7 +339,7 @@ def trained(llama):
 def plan(stages):
     """What is trained on, as a checksum per pool of examples: a resumed run must find the same."""
     def checksum(pool):
-        found = zlib.crc32(repr([(example.label, example.gap) for example in pool]).encode())
+        found = zlib.crc32(repr([(example.label, example.gap, example.rewards) for example in pool]).encode())
         for document in (document for example in pool for document in example.documents):
             found = zlib.crc32(bytes(document.ids), zlib.crc32(b"%d" % document.start, found))
         return found

@@ -176,6 +176,33 @@ def test_gradients_are_those_of_numerical_differences():
         assert torch.autograd.gradcheck(loss, -double(4, 2).exp().requires_grad_())
 
 
+def test_pro_by_hand():
+    """Eqs. 7 to 9 with their temperatures written out; of two answers that differ by 1, the logistic loss."""
+    logprobs, sizes = [[-4.0, -9.0, -2.0], [-1.0, -1.5, -6.0]], [[2, 3, 4], [1, 5, 2]]
+    rewards = [[2.0, 1.5, -1.0], [3.0, 2.0, 0.0]]
+    expected = 0.0
+    for lp, count, r in zip(logprobs, sizes, rewards):
+        means = [x / n for x, n in zip(lp, count)]
+        for k in (0, 1):
+            heat = {i: 1 / (r[k] - r[i]) for i in range(k + 1, 3)}
+            heat[k] = min(heat.values())
+            expected -= math.log(math.exp(means[k] / heat[k]) / sum(math.exp(means[i] / heat[i]) for i in heat))
+        expected -= 0.3 * lp[0]
+    found = losses.pro(*map(torch.tensor, (logprobs, sizes, rewards)), 0.3)
+    assert found.item() == pytest.approx(expected)
+    two = losses.pro(torch.tensor([[-4.0, -9.0]]), torch.tensor([[2, 3]]), torch.tensor([[1.0, 0.0]]), 0.05)
+    assert two.item() == pytest.approx(softplus(-(-2 + 3)) + 0.05 * 4)
+
+
+def test_pro_prefers_what_is_ranked_higher_and_ties_are_no_preference():
+    logprobs, sizes = double(3, 4).requires_grad_(), torch.full((3, 4), 5)
+    rewards = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    losses.pro(logprobs, sizes, rewards, 0.0).backward()
+    slope = logprobs.grad
+    assert (slope[:2, 0] < 0).all() and (slope[:2, 3] > 0).all() and not slope[2].any()
+    assert torch.autograd.gradcheck(lambda lp: losses.pro(lp, sizes, rewards, 0.4), logprobs)
+
+
 def test_orpo_is_finite_where_the_model_is_certain():
     """Log-probabilities of 0 and far below: no infinity in the loss or its gradient, in single precision."""
     logprobs = torch.tensor([[0.0, -1e-9], [-1e-12, -2000.0], [-3000.0, 0.0]], requires_grad=True)

@@ -16,6 +16,7 @@ import data
 import methods
 import reward
 import train
+from common import UserError
 from conftest import refused, response, run, write
 from data import Document, Example
 from methods import METHODS
@@ -160,6 +161,20 @@ def test_raft_rows_are_the_best_answers(rated):
         {"prompt": RATED[i]["prompt"], "completion": best} for i, best in enumerate("adf")]
     worst = methods.raft_rows([rated], Options(weights="helpful=-1"))
     assert [row["completion"] for row in worst] == ["c", "d", "h"]  # d is the first of two that are as helpful
+
+
+def test_pro_rows_are_all_answers_from_the_best_to_the_worst(tmp_path, capsys):
+    def row(prompt, *scores):
+        return {"prompt": prompt, "responses": [{"text": f"{prompt} {i}", "scores": {"x": score, "y": -1}}
+                                                for i, score in enumerate(scores)]}
+    path = write(tmp_path / "rated.jsonl", row("a", 1, 3, 2), row("b", 5, 5, 5), row("c", 1, 2), row("d", 0, 0, 4))
+    rows = METHODS["pro"].rows([path], Options(weights="x=2,y=1"))
+    assert [(row["ranked"], row["rewards"]) for row in rows] == [
+        (["a 1", "a 2", "a 0"], [5, 3, 1]), (["d 2", "d 0", "d 1"], [7, -1, -1])]
+    assert "left out: 1 prompts that have another number of answers than 3" in capsys.readouterr().out
+    path = write(tmp_path / "same.jsonl", row("b", 5, 5, 5))
+    with pytest.raises(UserError, match="no prompt has an answer that is better than another on x=2"):
+        METHODS["pro"].rows([path], Options(weights="x=2"))
 
 
 def test_cpsft_rows_ask_for_answers_own_ratings(rated):
@@ -332,7 +347,7 @@ def random_pairs(count=9, seed=0):
         prompt = words(9)
         documents = [Document(array("i", prompt + words(12)), len(prompt)) for _ in range(2)]
         ref_logprobs = [-rng.expovariate(0.1) for _ in range(2)]
-        examples.append(Example(documents, round(rng.random(), 3), rng.gauss(0, 2), ref_logprobs))
+        examples.append(Example(documents, round(rng.random(), 3), rng.gauss(0, 2), ref_logprobs=ref_logprobs))
     return examples
 
 
@@ -412,6 +427,33 @@ def test_each_methods_loss_takes_its_own_options_and_columns(method):
         expected = sum(good * sigmoid(-u) + (1 - good) * sigmoid(u) if method == "kto" else
                        good * softplus(-u) + (1 - good) * softplus(u) for u, good in each)
     assert METHODS[method].loss(logprobs, batch, options).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pro_finds_the_answers_of_each_prompt_in_packed_batches():
+    """The sum over batches is that of each prompt's own answers, by the formula."""
+    rng, examples = random.Random(3), []
+    for _ in range(9):
+        documents = [Document(array("i", [rng.randrange(2, 64) for _ in range(rng.randint(3, 12))]), 2)
+                     for _ in range(4)]
+        examples.append(Example(documents, rewards=sorted((rng.gauss(0, 1) for _ in range(4)), reverse=True)))
+    batches = list(train.pack(examples, 120, torch.device("cpu")))
+    assert len(batches) > 2 and sum(batch.count for batch in batches) == 9
+
+    def logprob(token):
+        return -token / 40
+    found = sum(METHODS["pro"].loss(torch.tensor([logprob(token) for token in batch.tokens[batch.targets].tolist()]),
+                                    batch, Options(sft_coef=0.2)).item() for batch in batches)
+    expected = 0.0
+    for example in examples:
+        sums = [sum(map(logprob, document.ids[2:])) for document in example.documents]
+        means = [total / len(document.ids[2:]) for total, document in zip(sums, example.documents)]
+        expected -= 0.2 * sums[0]
+        for k in range(3):
+            gaps = [example.rewards[k] - reward for reward in example.rewards[k + 1:]]
+            others = sum(math.exp(gap * mean) for gap, mean in zip(gaps, means[k + 1:]))
+            own = math.exp(max(gaps) * means[k])
+            expected -= math.log(own / (own + others))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------- the command line
