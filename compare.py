@@ -118,8 +118,8 @@ def tables(world, names):
     """{rival, knob: figures} with equal weights."""
     found = {}
     for name in names:
-        function, knobs = RIVALS[name]
-        for knob in knobs if world.full else knobs[:1]:
+        function = RIVALS[name][0]
+        for knob in rivals.knobs_of(world, name):
             label = label_of(name, knob)
             announce(f"seed {world.seed}: {label}")
             entry = entry_of(world, label, partial(function, world, rivals.even(), knob))
@@ -132,7 +132,7 @@ def fronts(world, names):
     """{rival: [(gain on helpful, gain on BRIEF), ...]} over MIXES; of those told names, over what they can be told."""
     found = {}
     for name in (name for name in FRONTS if name in names):
-        function, knobs = RIVALS[name]
+        function, knobs = RIVALS[name][0], rivals.knobs_of(world, name)
         for mix in [MIXES[0], MIXES[2], MIXES[4]] if name in TOLD or not world.full else MIXES:
             label = f"{name}, {rivals.as_text(mix)}"
             announce(f"seed {world.seed}: {label}")
@@ -150,7 +150,7 @@ def prices(world, names):
     verbose = [[toy.answer("verbose", prompt, rng) for prompt in world.prompts] for _ in range(count)]
     everything, found = rivals.even((*OBJECTIVES, UNSEEN)), {}
     for name in (name for name in ("best-of-n", "metaaligner", "aligner", "conditioned") if name in names):
-        function, knobs = RIVALS[name]
+        function, knobs = RIVALS[name][0], rivals.knobs_of(world, name)
         if name == "best-of-n":
             best = [max(texts, key=lambda text: rivals.value(world, rivals.even(), prompt, text))
                     for prompt, *texts in zip(world.prompts, *verbose)]
@@ -213,9 +213,10 @@ def price_table(results):
     """Table 1's columns with what each costs, of those that train or were measured on what is new."""
     rows = []
     for name, (_, knobs) in RIVALS.items():
-        label = label_of(name, knobs[0])
-        if label not in results[0]["table"] or name in ("start", "self-refinement"):
+        labels = [label for knob in knobs if (label := label_of(name, knob)) in results[0]["table"]]
+        if not labels or name in ("start", "self-refinement"):
             continue
+        label = labels[0]
         again = f"train again, {told([result['table'][label]['seconds'] for result in results], 0)} s"
 
         def measured(what, unit, decimals, name=name):

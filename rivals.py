@@ -4,7 +4,7 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words                             which pairs it learns
+    metaaligner          one aligner, told all objectives in words                             which pairs; how long
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
@@ -137,13 +137,13 @@ def as_text(weights):
 # Training and answering
 
 
-def fit(world, label, method, rows, base=None, **options):
+def fit(world, label, method, rows, base=None, times=1, **options):
     """Train `method` on rows (or on what its data function makes of the world's rated answers, where rows is None) from
     the start, in the folder `label`. Gives its costs. Those that learn from single answers take twice the steps, for a
-    pair is two answers, and a higher rate."""
+    pair is two answers, and a higher rate; and all of it so many `times` as long."""
     learner = methods.METHODS[method]
-    single = {} if learner.pairs else {"lr": 3e-3, "max_steps": 2 * world.steps}
-    options = replace(POLICY, **{"max_steps": world.steps, "seed": world.seed, **single, **options})
+    single = {} if learner.pairs else {"lr": 3e-3, "max_steps": times * 2 * world.steps}
+    options = replace(POLICY, **{"max_steps": times * world.steps, "seed": world.seed, **single, **options})
     rows = learner.rows([world.out / "rated.jsonl"], options) if rows is None else rows
     enough = options.max_steps * options.batch
     rows = random.Random(world.seed).sample(rows, enough) if len(rows) > enough else rows
@@ -240,8 +240,9 @@ def sum_pairs(world, weights):
     return list(map(story.after_a_space, data.reformulate(rows, [SIMPLE], data.Pairing(seed=world.seed))))
 
 
-def train_editor(world, label, rows):
-    """An aligner: a warm-up by identity, then pairs; twice as long as others train. Gives its costs."""
+def train_editor(world, label, rows, times=1):
+    """An aligner: a warm-up by identity, then pairs; twice as long as others train, and so many `times` as long. Gives
+    its costs."""
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
@@ -249,7 +250,7 @@ def train_editor(world, label, rows):
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
-               max_steps=4 * world.steps - few)
+               max_steps=times * 4 * world.steps - few)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -264,9 +265,24 @@ def edited(world, writer, answers, objectives, costs):
     return entry
 
 
-def metaaligner(world, weights, pairs, answers=None):
-    label, pairing = f"metaaligner {pairs}", {"dominance": story.PAIRING, "paper's pairs": data.Pairing()}[pairs]
-    costs = train_editor(world, label, pairs_of(world, (*OBJECTIVES, BRIEF), pairing))
+PAIRINGS = {"dominance": story.PAIRING, "paper's pairs": data.Pairing()}
+
+
+def times_of(knob):
+    """A knob that ends in how many times as long is trained, "dominance x4", in its two parts."""
+    rest, _, times = knob.rpartition("x")
+    return rest.strip(), int(times)
+
+
+def knobs_of(world, name):
+    """The values of a rival's knob that a run takes: all, or the first that does not train longer."""
+    knobs = RIVALS[name][1]
+    return knobs if world.full else [knob for knob in knobs if not str(knob).endswith("x4")][:1] or knobs[:1]
+
+
+def metaaligner(world, weights, knob, answers=None):
+    label, (pairs, times) = f"metaaligner {knob}", times_of(knob)
+    costs = train_editor(world, label, pairs_of(world, (*OBJECTIVES, BRIEF), PAIRINGS[pairs]), times)
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
@@ -282,12 +298,12 @@ def self_refinement(world, weights, knob):
     return edited(world, Writer(world.start, world.device), world.answers, asked, Entry([]).costs)
 
 
-def preferred(world, weights, knob, method, **options):
+def preferred(world, weights, knob, method, times=1, **options):
     """A policy trained by a method of methods.py whose data function heeds --weights; the knob is beta."""
     weights = {name: weight for name, weight in weights.items() if weight}
-    label = f"{method} {as_text(weights)} {knob}"
+    label = f"{method} {as_text(weights)} {knob}" + (f" x{times}" if times > 1 else "")
     options = {"weights": as_text(weights), **({"beta": knob} if knob else {}), **options}
-    return policy(world, label, fit(world, label, method, None, **options))
+    return policy(world, label, fit(world, label, method, None, times=times, **options))
 
 
 def raw_sums(world, weights, beta):
@@ -339,8 +355,8 @@ def highest(world, names):
 def ric(world, weights, knob):
     """RiC's offline stage, asked for the scores that its rule makes of the weights."""
     names = dict.fromkeys(weights, 1.0)
-    label = f"ric {as_text(names)}"
-    costs = fit(world, label, "ric", None, weights=as_text(names))
+    label = f"ric {as_text(names)} {knob}"
+    costs = fit(world, label, "ric", None, times=times_of(knob)[1], weights=as_text(names))
     return policy(world, label, costs, methods.asked_scores(ric_targets(world, weights)))
 
 
@@ -364,7 +380,7 @@ def ric_online(world, weights, knob, count=512):
     says, under the scores obtained, and from half as many rated answers; of both, those that are among the best 30 % of
     the drawn ones on an objective."""
     names, rng = dict.fromkeys(weights, 1.0), random.Random(f"online {world.seed}")
-    first, label = ric(world, weights, knob), f"ric {as_text(names)}"
+    first, label = ric(world, weights, knob), f"ric {as_text(names)} {knob}"
     rated = list(formats.read_rated(world.out / "rated.jsonl"))
     scale = methods.score_scale(rated, list(names))
     shown = [(row["prompt"], response["text"], methods.z_scores(response["scores"], scale))
@@ -450,18 +466,19 @@ def mod(world, weights, beta):
 def conditioned(world, weights, knob):
     objectives = [TEXTS[name] for name in (*OBJECTIVES, BRIEF)]
     rows = list(methods.conditioned(formats.read_rated(world.out / "rated.jsonl"), objectives, world.seed))
-    costs = fit(world, "conditioned", "sft", rows)
+    costs = fit(world, f"conditioned {knob}", "sft", rows, times=times_of(knob)[1])
     asked = methods.asked_texts([TEXTS[name] for name, weight in weights.items() if weight])
-    return policy(world, "conditioned", costs, asked)
+    return policy(world, f"conditioned {knob}", costs, asked)
 
 
 RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, ["dominance", "paper's pairs"]),
+    "metaaligner": (metaaligner, ["dominance x4", "dominance x1", "paper's pairs x1"]),
     "aligner": (aligner, [None]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
+    "dpo, x4": (partial(preferred, method="dpo", times=4), [0.1]),
     "ipo": (partial(preferred, method="ipo"), [0.1]),
     "simpo": (partial(preferred, method="simpo"), [2.0]),
     "copg": (partial(preferred, method="copg"), [0.1]),
@@ -471,13 +488,13 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "modpo": (partial(preferred, method="modpo"), [0.1]),
     "modpo, implicit": (modpo_implicit, [0.1]),
     "cpo": (cpo, [0.1]),
-    "ric": (ric, [None]),
-    "ric, online": (ric_online, [None]),
+    "ric": (ric, ["x4", "x1"]),
+    "ric, online": (ric_online, ["x4"]),
     "ric, all maxima": (ric_maxima, [None]),
     "ppo": (partial(reinforced, advantages="gae"), [0.02]),
     "rloo": (partial(reinforced, advantages="rloo"), [0.02, 0.1]),
     "grpo": (partial(reinforced, advantages="gdpo"), [0.02]),
     "soup": (soup, [0.1]),
     "mod": (mod, [0.1]),
-    "conditioned": (conditioned, [None]),
+    "conditioned": (conditioned, ["x4", "x1"]),
 }

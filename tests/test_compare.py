@@ -178,7 +178,7 @@ def small():
         patch.setattr(rivals, "LENGTH", 12)
         patch.setattr(ppo, "Options", partial(ppo.Options, reference_count=8))
         patch.setitem(RIVALS, "best-of-n", (rivals.best_of_n, [3, 2]))
-        patch.setitem(RIVALS, "ric, online", (partial(rivals.ric_online, count=16), [None]))
+        patch.setitem(RIVALS, "ric, online", (partial(rivals.ric_online, count=16), ["x1"]))
         for name in ("QUICK_SIZE", "FULL_SIZE"):
             patch.setattr(compare, name, {**SIZE, "steps": STEPS, "questions": SIZE["questions"] + (name[0] == "F")})
         yield
@@ -309,7 +309,7 @@ def untrained(world, monkeypatch):
     """What a rival would train on and is told, instead of a training: a list of (label, method, rows), of texts."""
     fitted, told = [], []
 
-    def fit(world, label, method, rows, base=None, **options):
+    def fit(world, label, method, rows, base=None, times=1, **options):
         options = replace(rivals.POLICY, seed=world.seed, **options)
         rows = methods.METHODS[method].rows([world.out / "rated.jsonl"], options) if rows is None else rows
         fitted.append((label, method, rows))
@@ -355,8 +355,8 @@ def test_those_told_names_read_them_before_the_question_and_never_train_on_the_u
     monkeypatch.setattr(rivals, "edited", lambda world, writer, answers, asked, costs: edits.append((answers, asked)))
     everything = rivals.even((*OBJECTIVES, UNSEEN))
     for weights in (everything, {"helpful": 1.0, BRIEF: 0.0}):
-        rivals.conditioned(world, weights, None)
-        rivals.metaaligner(world, weights, "dominance")
+        rivals.conditioned(world, weights, "x1")
+        rivals.metaaligner(world, weights, "dominance x1")
     assert all(text in told[0] for text in texts.values())
     assert texts["helpful"] in told[1] and rivals.TEXTS[BRIEF].description not in told[1]
     assert [[objective.name for objective in asked] for _, asked in edits] == [[*OBJECTIVES, UNSEEN], ["helpful"]]
@@ -366,6 +366,31 @@ def test_those_told_names_read_them_before_the_question_and_never_train_on_the_u
     assert sum(len(rows) for _, _, rows in fitted) > 100
     for _, _, rows in fitted:
         assert not [row for row in rows if any(text.lower() in row["prompt"].lower() for text in forbidden)]
+
+
+def test_a_rival_trains_as_many_times_as_long_as_its_knob_says(world, monkeypatch):
+    """And a shorter run takes the knobs that do not train longer."""
+    steps, told = {}, [{"tokens": 1, "seconds": 1.0}]
+    monkeypatch.setattr(rivals.train, "train", lambda llama, tokenizer, stages, out, options, **rest:
+                        steps.update({out.name: options.max_steps}) or told)
+    monkeypatch.setattr(rivals, "policy", lambda *words: None)
+    monkeypatch.setattr(rivals, "edited", lambda *words: None)
+    monkeypatch.setattr(rivals, "Writer", lambda *words: None)
+    load, load_tokenizer = rivals.checkpoint.load, rivals.checkpoint.load_tokenizer
+    monkeypatch.setattr(rivals.checkpoint, "load", lambda folder, **words: load(world.start, **words))
+    monkeypatch.setattr(rivals.checkpoint, "load_tokenizer", lambda folder, llama: load_tokenizer(world.start, llama))
+    for name in ("dpo", "dpo, x4", "ric", "conditioned", "metaaligner"):
+        for knob in RIVALS[name][1]:
+            RIVALS[name][0](world, {"helpful": 1.0}, knob)
+    few = max(1, world.steps // 10)
+    expected = {"dpo helpful=1 0.1": 1, "dpo helpful=1 0.1 x4": 4, "ric helpful=1 x4": 8, "ric helpful=1 x1": 2,
+                "conditioned x4": 8, "conditioned x1": 2}
+    assert {name: steps[name] / world.steps for name in expected} == expected
+    for knob, times in (("dominance x4", 16), ("dominance x1", 4), ("paper's pairs x1", 4)):
+        assert steps[f"metaaligner {knob}"] == times * world.steps - few
+    short = replace(world, full=False)
+    assert [rivals.knobs_of(short, name) for name in ("metaaligner", "ric", "dpo", "start")] == [
+        ["dominance x1"], ["x1"], [0.1], [None]]
 
 
 def test_an_aligner_learns_to_edit_towards_the_weighted_sum(world, untrained):
@@ -389,7 +414,7 @@ def test_an_aligner_learns_to_edit_towards_the_weighted_sum(world, untrained):
 # The page
 
 
-def result(shift=0.0, names=("start", "metaaligner dominance", "dpo 0.1", "dpo 0.5", "ric")):
+def result(shift=0.0, names=("start", "metaaligner dominance x4", "dpo 0.1", "dpo 0.5", "ric x4")):
     """What a seed gives, made by hand."""
     figures = dict.fromkeys(compare.FIGURES, 1.0) | {"interval": [-0.5, 0.25], "nats": None}
     table = {name: {**figures, "gain": place + shift, "seconds": 10.0 * place} for place, name in enumerate(names)}
@@ -518,7 +543,7 @@ def test_a_killed_run_goes_on_a_finished_one_trains_nothing_and_others_are_made_
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = compared(whole)
     expected = timeless(whole)
-    assert list(expected[0]["table"]) == ["start", "best-of-n 3", "raft", "metaaligner dominance"]
+    assert list(expected[0]["table"]) == ["start", "best-of-n 3", "raft", "metaaligner dominance x1"]
     assert [len(points) for points in expected[0]["fronts"].values()] == [3, 3] and "[" in said
     # Killed between and within entries
     interrupted(compare, "write_jsonl", 2)  # the second is written, but nobody says what of
