@@ -4,24 +4,27 @@
     train     supervised fine-tuning, of a 40M Llama if no other is given: train.py's step against TRL's SFTTrainer
     dpo       the same for DPO on preference pairs, the reference included; and whether both find the same losses
     large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation of full fine-tuning, memory of it and of LoRA
-    align     greedy edits of real answers: align.py's generation against `transformers` at its best batch size
-    copy      edits that keep 65 to 75 % of their input: guessing tokens from the prompt against not guessing
+    align     greedy edits of real answers: align.py's generation against `transformers`, at its best batch size, or one
+              by one with prompt lookup; and whether both write the same
+    copy      edits that keep 65 to 75 % of their input, one at a time: guessing tokens from the prompt against
+              transformers' prompt lookup, not guessing against its plain generation; batches against not guessing
     decode    one sequence without copying, 7B on a GPU, else 40M: weights read per second against the copy
 
 Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
-wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`). What runs in the
-Python of a peer is in peers.py.
+wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`). Both sides are timed
+in turns, each in its fastest way; a line tells medians, and how far the turns' ratios spread. What is timed of ours
+stands in timed.py, what runs in the Python of a peer in peers.py.
 """
-import argparse
 import difflib
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
-from array import array
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from common import UserError, cli, make_parser, number
@@ -31,15 +34,13 @@ import torch
 import checkpoint
 import data
 import formats
-import generate
-import lora
 import peers
+import timed
 import toy
-import train
 from align import DRAFT, Writer
 from measure import requests
 from model import Config, Llama, computes_bf16, device_named
-from peers import MAX_TOKENS, NEW_TOKENS, WARM, once, run_job, timed_edits, timed_training
+from peers import MAX_TOKENS, NEW_TOKENS, WARM, once
 from resume import MODEL
 
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
@@ -51,9 +52,16 @@ LARGE = {  # of TinyLlama and of Llama 2
 }
 BATCH = 8                       # examples, or pairs, in a training step
 DPO = dict(beta=0.1, lr=1e-4)   # of both sides; the rate is high, so that losses move within a few steps
-WAYS = [dict(bf16=bf16, precompute=precompute, together=together) for bf16, precompute, together in (
-    (True, True, 1), (True, True, BATCH), (True, False, 1), (False, True, 1))]  # in which TRL may be fastest at DPO
-TURNS = 3                       # of ours and of TRL's, each in the fastest of these ways: the machine's pace changes
+TURNS = 3                       # of both sides, each in its fastest way: the machine's pace changes
+# In which ways peers may be fastest. Of SFT and DPO by TRL: how many examples are padded to one length, or packed.
+TUNING = {"8 padded together": dict(packing=False, together=BATCH), "1 at a time": dict(packing=False, together=1),
+          "packed, 1 row": dict(packing=True, together=1), "packed, 2 rows": dict(packing=True, together=2)}
+LIKE_OURS = dict(bf16=False, precompute=True, together=1)
+PREFERRING = {"bf16, 1 at a time": dict(LIKE_OURS, bf16=True), "fp32, 1 at a time": LIKE_OURS,
+              "bf16, 8 padded together": dict(LIKE_OURS, bf16=True, together=BATCH),
+              "bf16, reference in each step": dict(bf16=True, precompute=False, together=1)}
+WRITING = {"batch 16": dict(batch=16), "batch 64": dict(batch=64), "one by one": dict(batch=1),
+           "one by one, prompt lookup": dict(batch=1, lookup=DRAFT)}  # transformers' generation
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -84,99 +92,17 @@ def machine(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Measurements of ours
-
-
-def train_ours(folder, device, batches, method="sft", **options):
-    options = train.Options(**{"micro_tokens": 4096, **options})
-    return timed_steps(checkpoint.load(folder, device=device), batches, options, device, train.METHODS[method])
-
-
-def train_large(folder, device, batches, config, options):
-    """Weights as train.start_from loads them: in fp32, but for LoRA's frozen ones, which a GPU holds in bf16."""
-    options = train.Options(**options)
-    half = options.lora_rank and device == "cuda" and computes_bf16(device)
-    llama = fresh(config, torch.bfloat16 if half else torch.float32, device)
-    if options.lora_rank:
-        llama = lora.add_lora(llama, options.lora_rank, folder)
-    return timed_steps(llama, batches, options, device)
-
-
-def timed_steps(llama, batches, options, device, method=train.METHODS["sft"]):
-    """Steps as train.train takes them, at the highest learning rate, after the reference's log-probabilities."""
-    llama.checkpoint_activations = options.checkpoint_activations
-    steps, reference, losses = [examples_from(batch, method.pairs) for batch in batches], 0.0, []
-    if method.reference:
-        for some in (steps[:WARM], steps[WARM:]):
-            reference = once(device, train.add_ref_logprobs, llama, sum(some, []), options, False)
-    optimizer = train.make_optimizer(llama, options)
-
-    def step(examples):
-        packed = list(train.pack(examples, options.micro_tokens, llama.device))
-        losses.append(train.train_step(llama, optimizer, packed, method, options.lr, options)[0])
-    times = [once(device, step, examples) for examples in steps]
-    return timed_training(times, losses, batches, device, reference)
-
-
-def examples_from(batch, pairs=False):
-    """data.Examples of a batch [(ids, start of what is learned), ...], of each or of each two."""
-    documents = [data.Document(array("i", ids), start) for ids, start in batch]
-    size = 2 if pairs else 1
-    return [data.Example(documents[first:first + size]) for first in range(0, len(documents), size)]
-
-
-def fresh(size, dtype, device):
-    """A Llama of that size, its weights small noise made where they stay: at no time are they there twice."""
-    with torch.device("meta"):
-        llama = Llama(Config(**size)).to(dtype)
-    llama.to_empty(device=device)
-    llama.tie()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
-            else:
-                parameter.fill_(1)
-    return llama
-
-
-def align_ours(folder, device, prompts, dtype, batch, passes, draft):
-    llama = generate.prepack(checkpoint.load(folder, getattr(torch, dtype), device))
-    acceptance = generate.Acceptance()
-
-    def edit(prompts):
-        return generate.stream(llama, prompts, NEW_TOKENS, batch, stop_ids=llama.config.stop_ids, draft=draft,
-                               acceptance=acceptance)
-    return {**timed_edits(edit, prompts, batch, passes, device), "copied": acceptance.share}
-
-
-def decode(folder, device, config, dtype):
-    """Seconds for each further token of one sequence, and the bytes of weights that it reads: all, but of the embedding
-    one row. What comes before the first 16 tokens is in both of the times that are subtracted."""
-    llama = fresh(config, getattr(torch, dtype), device)
-    read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
-    generate.prepack(llama)
-
-    def write(count):
-        return once(device, generate.generate, llama, [[5] * 128], count)
-    write(16 + 96)
-    longer, shorter = zip(*[(write(16 + 96), write(16)) for _ in range(3)])
-    return {"seconds": (min(longer) - min(shorter)) / 96, "bytes": read}
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Each measurement in its process
 
 
-JOBS = {**peers.JOBS, "train_ours": train_ours, "train_large": train_large, "align_ours": align_ours, "decode": decode}
+JOBS = {**peers.JOBS, **timed.JOBS}
 
 
 def measure(kind, folder, device, peer=None, **job):
     """The figures of one of JOBS in a process of its own, a peer's under its Python; None where that fails,
     and says so."""
     (folder / "job.json").write_text(json.dumps({"device": device, **job}))
-    command = [peer, peers.__file__] if kind in peers.JOBS else [sys.executable, __file__, "--job"]
+    command = [peer, peers.__file__] if kind in peers.JOBS else [sys.executable, timed.__file__]
     ended = subprocess.run([*command, kind, str(folder)], capture_output=True, text=True)
     if ended.returncode:
         said = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix("error: ")
@@ -337,11 +263,31 @@ def flops(config, lengths, targets):
 # The parts, each a few lines of the table
 
 
-def print_line(what, ours=None, peer=None, note="", decimals=0):
-    """A line of the table, with how many times the peer's figure ours is."""
+def print_line(what, ours=None, peer=None, note="", decimals=0, ratio=None):
+    """A line of the table, with how many times the peer's figure ours is, where that is not given."""
     figures = ["" if figure is None else f"{figure:,.{decimals}f}" for figure in (ours, peer)]
-    ratio = f"{ours / peer:.2f} x" if peer else ""
+    ratio = f"{ratio or ours / peer:.2f} x" if peer else ""
     print(f"{what:<46}{figures[0]:>14}{figures[1]:>14}{ratio:>9}  {note}".rstrip(), flush=True)
+
+
+def compare(what, rate, ours, theirs, told=lambda words, run: words, decimals=0):
+    """A line of two sides' medians over TURNS turns, with the median of the turns' ratios and how far they spread. A
+    side is {words: function that measures, or gives None where that fails}: of several ways, the first turn finds the
+    fastest by rate(run), and the others take that. told(words, run) says more of ours."""
+    first = [{words: run for words, measured in side.items() if (run := measured())} for side in (ours, theirs)]
+    best = [max(runs, key=lambda words: rate(runs[words]), default=None) for runs in first]
+    turns, alone = [[rate(runs[words]) for runs, words in zip(first, best) if runs]], best[1] is None
+    for _ in range(0 if alone else TURNS - 1):
+        runs = [side[words]() for side, words in zip((ours, theirs), best)]
+        turns += [[rate(run) for run in runs]] if all(runs) else []
+    ratios, notes = [] if alone else [one / other for one, other in turns], [told(best[0], first[0][best[0]])]
+    if ratios:
+        each = ", ".join(f"{words}: {rate(run):,.{decimals}f}" for words, run in first[1].items())
+        notes += [f"{len(ratios)} turns, {min(ratios):.2f} to {max(ratios):.2f} x",
+                  f"the peer's best is {best[1]}" + (f" ({each})" if len(first[1]) > 1 else "")]
+    medians = [statistics.median(side) for side in zip(*turns)]
+    print_line(what, *medians, note="; ".join(filter(None, notes)), decimals=decimals,
+               ratio=statistics.median(ratios) if ratios else None)
 
 
 def utilisation(config, batches, ours, rates):
@@ -372,11 +318,13 @@ def bench_machine(device):
 def bench_train(folder, device, rates, peer, steps, pairs, tokenizer, model):
     name, config, tokenizer = start(folder, model, tokenizer)
     batches = training_batches(tokenizer, config, completions, pairs, steps)
-    ours = measure("train_ours", folder, device, batches=batches)
-    eos = end_word(tokenizer, config)
-    theirs = measure("train_trl", folder, device, peer, batches=batches, eos=eos) if peer else None
-    note = utilisation(config, batches, ours, rates) + (f", TRL {theirs['peak']:.1f} GiB" if theirs else "")
-    print_line(f"train: SFT, {name}, real tokens/s", speed(ours), theirs and speed(theirs), note)
+
+    def theirs(way):
+        return measure("train_trl", folder, device, peer, batches=batches, eos=end_word(tokenizer, config), **way)
+    compare(f"train: SFT, {name}, real tokens/s", speed,
+            {"": lambda: measure("train_ours", folder, device, batches=batches)},
+            {words: partial(theirs, way) for words, way in TUNING.items() if peer},
+            lambda words, run: utilisation(config, batches, run, rates))
 
 
 def end_word(tokenizer, config):
@@ -400,22 +348,11 @@ def bench_dpo(folder, device, peer, steps, pairs, tokenizer, model):
 
     def theirs(way):
         return measure("dpo_trl", folder, device, peer, batches=batches, eos=end_word(tokenizer, config), **DPO, **way)
-    mine, tried = [ours()], [(way, theirs(way)) for way in WAYS if peer]
-    tried = [(way, run) for way, run in tried if run]
-    for run in [run for way, run in tried if not way["bf16"]]:
+    if peer and (run := theirs(LIKE_OURS)):
         print_losses(f"dpo: {name}, fp32", ours("fp32")["losses"], run["losses"])
-    others, note = [], ""
-    if tried:
-        way, run = max(tried, key=lambda pair: speed(pair[1]))
-        others.append(run)
-        for _ in range(TURNS - 1):
-            mine.append(ours())
-            others += [run for run in [theirs(way)] if run]
-        ratios = [speed(run) / speed(other) for run, other in zip(mine, others)]
-        each = "; ".join(f"{way_in_words(way)}: {speed(run):,.0f}" for way, run in tried)
-        note = (f"best of {TURNS} turns, {min(ratios):.2f} to {max(ratios):.2f} x; TRL best with {way_in_words(way)} "
-                f"(first turn: {each})")
-    print_line(f"dpo: {name}, real tokens/s", *(max(map(speed, runs), default=None) for runs in (mine, others)), note)
+    compare(f"dpo: {name}, real tokens/s", speed, {"": ours},
+            {words: partial(theirs, way) for words, way in PREFERRING.items() if peer},
+            lambda words, run: "the reference once")
 
 
 def print_losses(what, ours, theirs):
@@ -424,11 +361,6 @@ def print_losses(what, ours, theirs):
     for step, both in enumerate(zip(ours[:4], theirs), 1):
         note = f"steps 1 to {len(ours)}: at most {apart:.0e} apart" if step == 1 else ""
         print_line(f"{what}, loss of step {step}", *both, note, decimals=5)
-
-
-def way_in_words(way):
-    return (f"{'bf16' if way['bf16'] else 'fp32'}, {way['together']} at a time, reference "
-            f"{'first' if way['precompute'] else 'in each step'}")
 
 
 def bench_large(folder, device, rates, steps):
@@ -458,44 +390,52 @@ def bench_align(folder, device, peer, aligner, answers, count):
     prompts = answer_prompts(Writer(aligner, device), answers, count)
     job = dict(prompts=prompts, dtype=dtype_of(device), passes=1)
     for label, where in aligners(folder, aligner):
-        runs = {batch: measure("align_ours", where, device, batch=batch, draft=DRAFT, **job) for batch in (32, 64)}
-        peers = {batch: measure("align_transformers", where, device, peer, batch=batch, **job)
-                 for batch in (1, 16, 64)} if peer else {}
-        batch, other = fastest(runs), None
-        note = f"batch {batch}, {100 * runs[batch]['copied']:.0f} % copied"
-        if any(peers.values()):
-            best = fastest(peers)
-            other = len(prompts) / peers[best]["seconds"]
-            each = ", ".join(f"{b}: {len(prompts) / run['seconds']:.2f}" for b, run in peers.items() if run)
-            same = sum(a == b for a, b in zip(runs[batch]["written"], peers[best]["written"]))
-            note += f"; transformers best at {best}: {each}; {same} of {len(prompts)} the same text"
-        print_line(f"align: {label}, answers/s", len(prompts) / runs[batch]["seconds"], other, note, decimals=2)
+        check_same(f"align: {label}", where, device, peer, prompts[:8])
+        compare(f"align: {label}, answers/s", lambda run: len(prompts) / run["seconds"],
+                {f"batch {batch}": partial(measure, "align_ours", where, device, batch=batch, draft=DRAFT, **job)
+                 for batch in (32, 64)},
+                {words: partial(measure, "align_transformers", where, device, peer, **way, **job)
+                 for words, way in WRITING.items() if peer},
+                lambda words, run: f"{words}, {100 * run['copied']:.0f} % copied", decimals=2)
 
 
-def fastest(runs):
-    """The batch size of the run that took the least time."""
-    return min((batch for batch, run in runs.items() if run), key=lambda batch: runs[batch]["seconds"])
+def check_same(what, where, device, peer, prompts):
+    """In fp32, both write the same: on a line of its own, how many texts are equal token for token."""
+    job = dict(prompts=prompts, dtype="float32", passes=1)
+    if peer and (theirs := measure("align_transformers", where, device, peer, batch=1, **job)):
+        ours = measure("align_ours", where, device, batch=len(prompts), draft=DRAFT, **job)
+        same = sum(a == b for a, b in zip(ours["written"], theirs["written"], strict=True))
+        print_line(f"{what}, fp32, the same text", same, len(prompts))
 
 
-def bench_copy(folder, device, aligner):
+def bench_copy(folder, device, peer, aligner):
+    """Edits that keep 65 to 75 % of their input; one sequence at a time beside the peer, several beside ourselves."""
     found = embedded_prompts(Writer(aligner, device), 600)
     sizes = aligners(folder, aligner)
 
-    def edits(where, prompts, batch, passes, draft):
+    def edits(where, prompts, batch, draft, passes=1):
         return measure("align_ours", where, device, prompts=prompts, dtype=dtype_of(device), batch=batch, passes=passes,
                        draft=draft)
-    written = edits(sizes[0][1], [prompt for prompt, _ in found], 64, 1, DRAFT)["written"]
+
+    def pace(run):
+        return sum(map(len, run["written"])) / run["seconds"]
+
+    def told(words, run):
+        return f"{100 * run['copied']:.0f} % copied"
+    written = edits(sizes[0][1], [prompt for prompt, _ in found], 64, DRAFT)["written"]
     chosen = [prompt for (prompt, answer), edit in zip(found, written) if 0.65 <= kept(answer, edit) <= 0.75]
     if not chosen:
         raise UserError(f"{aligner}: writes no edit that keeps 65 to 75 % of its input; give another --aligner")
     for label, where in sizes:
-        for batch, count in ((1, 16), (16, 64)):
-            prompts = chosen[:count]
-            guessing, plain = (edits(where, prompts, batch, 3, draft) for draft in (DRAFT, 0))
-            pace, other = (sum(map(len, run["written"])) / run["seconds"] for run in (guessing, plain))
-            same = sum(a == b for a, b in zip(guessing["written"], plain["written"]))
-            note = f"{100 * guessing['copied']:.0f} % copied; {same} of {len(prompts)} the same text; against draft=0"
-            print_line(f"copy: {label}, batch {batch}, new tokens/s", pace, other, note)
+        ours = {draft: partial(edits, where, chosen[:16], 1, draft, 3) for draft in (DRAFT, 0)}
+        theirs = {words: partial(measure, "align_transformers", where, device, peer, prompts=chosen[:16], passes=3,
+                                 dtype=dtype_of(device), **WRITING[words])
+                  for words in ("one by one", "one by one, prompt lookup") if peer}
+        compare(f"copy: {label}, one sequence, new tokens/s", pace, {"": ours[DRAFT]}, theirs, told)
+        compare(f"copy: {label}, one sequence, without copying", pace, {"": ours[0]},
+                {words: run for words, run in theirs.items() if "lookup" not in words}, told)
+        ours = {draft: partial(edits, where, chosen[:64], 16, draft) for draft in (DRAFT, 0)}
+        compare(f"copy: {label}, batch 16, against not copying", pace, {"": ours[DRAFT]}, {"ours": ours[0]}, told)
 
 
 def bench_decode(folder, device, rates):
@@ -532,7 +472,6 @@ def arguments(argv=None):
     add("--steps", type=number(int, 1), default=4, metavar="N", help="training steps that are timed (default 4)")
     add("--count", type=number(int, 1), default=64, metavar="N", help="answers to edit (default 64)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--job", nargs=2, help=argparse.SUPPRESS)  # how `measure` starts this file: one of JOBS, and its folder
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(names):
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(names)}")
@@ -552,9 +491,6 @@ def parts_wanted(parts, aligner):
 
 def main():
     args = arguments()
-    if args.job:
-        run_job(JOBS, *args.job)
-        return
     device, parts = device_named(args.device).type, parts_wanted(args.parts, args.aligner)
     uncut = args.pairs and not (args.tokenizer or args.model)
     if uncut or args.tokenizer and Path(args.tokenizer).name != "tokenizer.json":
@@ -566,7 +502,7 @@ def main():
         "dpo": training,
         "large": dict(rates=rates, steps=args.steps),
         "align": dict(peer=args.peer, aligner=args.aligner, answers=args.answers, count=args.count),
-        "copy": dict(aligner=args.aligner),
+        "copy": dict(peer=args.peer, aligner=args.aligner),
         "decode": dict(rates=rates),
     }
     for name in parts:

@@ -68,14 +68,17 @@ def timed_edits(edit, prompts, batch, passes, device):
 # Measurements
 
 
-def train_trl(folder, device, batches, eos):
-    """TRL's fine-tuning."""
+def train_trl(folder, device, batches, eos, packing, together):
+    """TRL's fine-tuning. together: the examples that are padded to one length, or the rows of MAX_TOKENS tokens that
+    examples are packed into; of single examples, a step accumulates the gradients of as many as a batch has."""
     from trl import SFTConfig, SFTTrainer
     rows = [{"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
             for batch in batches for ids, start in batch]
-    times, losses = trained(SFTTrainer, SFTConfig, folder, device, rows, eos, max_steps=len(batches), bf16=True,
-                            per_device_train_batch_size=len(batches[0]), learning_rate=1e-5)
-    return timed_training(times, losses, batches, device)
+    size = together if packing else len(batches[0])
+    times, losses, tokens = trained(SFTTrainer, SFTConfig, folder, device, rows, eos, max_steps=len(batches), bf16=True,
+                                    packing=packing, per_device_train_batch_size=together,
+                                    gradient_accumulation_steps=size // together, learning_rate=1e-5)
+    return {**timed_training(times, losses, batches, device), "tokens": tokens[-1] - tokens[WARM - 1]}
 
 
 def dpo_trl(folder, device, batches, eos, beta, lr, bf16, precompute, together):
@@ -97,7 +100,7 @@ def dpo_trl(folder, device, batches, eos, beta, lr, bf16, precompute, together):
             return found
     rows = [{"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": worse[worse_start:]}
             for batch in batches for (ids, start), (worse, worse_start) in zip(batch[::2], batch[1::2])]
-    times, losses = trained(OnTokens, DPOConfig, folder, device, rows, eos, max_steps=len(batches), bf16=bf16,
+    times, losses, _ = trained(OnTokens, DPOConfig, folder, device, rows, eos, max_steps=len(batches), bf16=bf16,
                             precompute_ref_log_probs=precompute, per_device_train_batch_size=together,
                             gradient_accumulation_steps=len(rows) // len(batches) // together, beta=beta,
                             learning_rate=lr, lr_scheduler_type="constant", adam_beta2=0.95)
@@ -105,10 +108,10 @@ def dpo_trl(folder, device, batches, eos, beta, lr, bf16, precompute, together):
 
 
 def trained(Trainer, Config, folder, device, rows, eos, **options):
-    """(seconds, losses) of each step of one of TRL's trainers, which takes the rows in their order."""
+    """(seconds, losses, tokens so far) of each step of one of TRL's trainers, which takes the rows in their order."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    times, losses = [], []
+    times, losses, tokens = [], [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -120,6 +123,7 @@ def trained(Trainer, Config, folder, device, rows, eos, **options):
 
         def on_log(self, *_, logs, **__):
             losses.extend([logs["loss"]] if "loss" in logs else [])
+            tokens.extend([logs["num_tokens"]] if "num_tokens" in logs else [])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token=eos, pad_token=eos)
     config = Config(output_dir=f"{folder}/trl", max_length=MAX_TOKENS, use_cpu=device == "cpu", logging_steps=1,
                     gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -127,11 +131,11 @@ def trained(Trainer, Config, folder, device, rows, eos, **options):
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     Trainer(llama, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
             callbacks=[Clock()]).train()
-    return times, losses
+    return times, losses, tokens
 
 
-def align_transformers(folder, device, prompts, dtype, batch, passes):
-    """transformers' generation, `batch` prompts at a time."""
+def align_transformers(folder, device, prompts, dtype, batch, passes, lookup=None):
+    """transformers' generation, `batch` prompts at a time; lookup: the tokens that it guesses from the prompt."""
     from transformers import AutoModelForCausalLM
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
     eos = llama.config.eos_token_id
@@ -146,7 +150,7 @@ def align_transformers(folder, device, prompts, dtype, batch, passes):
         ids = torch.tensor([stops[:1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         new = llama.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
-                             pad_token_id=stops[0])[:, longest:].tolist()
+                             pad_token_id=stops[0], prompt_lookup_num_tokens=lookup)[:, longest:].tolist()
         return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in new]
     return timed_edits(edit, prompts, batch, passes, device)
 

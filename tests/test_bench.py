@@ -15,6 +15,7 @@ import data
 import generate
 import lora
 import peers
+import timed
 import toy
 import train
 from conftest import ROOT, refused, run, write
@@ -79,7 +80,8 @@ def test_transformers_writes_the_same_edits(tmp_path, stops):
     job = dict(prompts=random_prompts(5, 30, 12, 9), dtype="float32", batch=3, passes=1)
     ours = here("align_ours", tmp_path, "cpu", draft=7, **job)
     theirs = here("align_transformers", tmp_path, "cpu", **job)
-    assert ours["written"] == theirs["written"] and any(ours["written"])
+    guessing = here("align_transformers", tmp_path, "cpu", **{**job, "batch": 1, "lookup": 7})
+    assert ours["written"] == theirs["written"] == guessing["written"] and any(ours["written"])
 
 
 def random_prompts(*lengths):
@@ -93,7 +95,7 @@ def test_edits_come_back_in_the_order_of_their_prompts(tmp_path):
     checkpoint.save(llama, tmp_path)
     prompts = random_prompts(5, 30, 12, 9)
     found = here("align_ours", tmp_path, "cpu", prompts=prompts, dtype="float32", batch=3, passes=2, draft=7)
-    alone = [generate.generate(llama, [prompt], bench.NEW_TOKENS, stop_ids=(2,))[0] for prompt in prompts]
+    alone = [generate.generate(llama, [prompt], peers.NEW_TOKENS, stop_ids=(2,))[0] for prompt in prompts]
     assert found["written"] == alone and len(set(map(tuple, alone))) == 4
     assert found["seconds"] > 0 and 0 < found["copied"] < 1, "noise soon repeats itself"
 
@@ -110,7 +112,7 @@ def test_large_shapes_have_the_published_numbers_of_parameters():
 def test_a_fresh_model_lacks_nothing(dtype, tied):
     """It is made on no device at first, which must not be where its rotation or its tied head stay."""
     size = dict(SIZE, tie_word_embeddings=tied)
-    llama = bench.fresh(size, dtype, "cpu")
+    llama = timed.fresh(size, dtype, "cpu")
     expected = Llama(Config(**size)).frequencies
     assert torch.equal(llama.frequencies, expected) and llama.frequencies.dtype == torch.float32
     assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
@@ -128,7 +130,7 @@ def test_a_timed_step_is_one_of_training(tmp_path, chosen, method):
                                "max_grad_norm": 0.5, "weight_decay": 0.1, "precision": "bf16", **chosen})
     pairs = method == "dpo"
     prompts = random_prompts(*range(5, 17 + 12 * pairs))
-    examples = bench.examples_from([(ids, len(ids) % 4) for ids in prompts], pairs)
+    examples = timed.examples_from([(ids, len(ids) % 4) for ids in prompts], pairs)
     stage = train.Stage(method, examples, method=train.METHODS[method])
     llamas = []
     for _ in range(2):
@@ -140,7 +142,7 @@ def test_a_timed_step_is_one_of_training(tmp_path, chosen, method):
     chosen = [train.examples_of(stage, step, options) for step in range(2)]
     batches = [[(list(document.ids), document.start) for example in batch for document in example.documents]
                for batch in chosen]
-    found = bench.timed_steps(llamas[1], batches, options, "cpu", stage.method)
+    found = timed.timed_steps(llamas[1], batches, options, "cpu", stage.method)
     assert found["losses"] == [row["loss"] for row in rows]
     assert llamas[1].checkpoint_activations == options.checkpoint_activations
     untrained = dict(Llama(Config(**SIZE)).named_parameters())
@@ -157,7 +159,7 @@ def test_the_time_of_the_reference_counts(tmp_path, monkeypatch):
     def once(device, function, *given):
         function(*given)
         return len(given[1]) if function is train.add_ref_logprobs else 100.0
-    monkeypatch.setattr(bench, "once", once)
+    monkeypatch.setattr(timed, "once", once)
     found = here("train_ours", tmp_path, "cpu", batches=pairs, method="dpo", lr=1e-2)
     assert found["seconds"] == 3 * 100 + 3 * 2 and found["tokens"] == 3 * (5 + 6 + 7 + 8) and found["peak"] > 0
     assert found["losses"][0] == pytest.approx(math.log(2)) and found["losses"][4] < 0.6
@@ -193,15 +195,31 @@ def test_trl_finds_the_same_losses(tmp_path, monkeypatch):
     assert without != pytest.approx(ours, abs=1e-2), "the stop token is heard"
 
 
+def test_trl_is_timed_on_all_tokens_that_it_fine_tunes_on(tmp_path):
+    """Padded or one by one, those of the batches after the first two; packed, as many as the rows of these hold."""
+    pytest.importorskip("trl")
+    checkpoint.save(Llama(Config(**SIZE)), tmp_path)
+    tokenizer = toy.train_tokenizer(["Hello there"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    batches = [[(ids, 3) for ids in random_prompts(*range(40 * n, 40 * n + 80, 10))] for n in range(1, 5)]
+    job, last = dict(batches=batches, eos=tokenizer.id_to_token(2)), sum(len(ids) for batch in batches[2:]
+                                                                          for ids, _ in batch)
+    for together in (8, 1):
+        found = here("train_trl", tmp_path, "cpu", packing=False, together=together, **job)
+        assert found["tokens"] == last and len(found["losses"]) == 4 and found["seconds"] > 0
+    found = here("train_trl", tmp_path, "cpu", packing=True, together=1, **job)
+    assert 1000 < found["tokens"] <= 2 * peers.MAX_TOKENS and all(map(math.isfinite, found["losses"]))
+
+
 def test_lora_moves_its_adapters_alone(tmp_path, monkeypatch):
-    moved, steps = {}, bench.timed_steps
+    moved, steps = {}, timed.timed_steps
 
     def watched(llama, *words):
         before = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
         found = steps(llama, *words)
         moved.update({name: not torch.equal(before[name], now) for name, now in llama.named_parameters()})
         return found
-    monkeypatch.setattr(bench, "timed_steps", watched)
+    monkeypatch.setattr(timed, "timed_steps", watched)
     batches = bench.random_batches(60, [7, 5], 4)
     found = here("train_large", tmp_path, "cpu", batches=batches, config=SIZE, options=dict(lora_rank=2))
     assert found["tokens"] == 2 * 12 and found["seconds"] > 0 and found["peak"] > 0
@@ -248,7 +266,7 @@ def test_large_models_give_figures(tmp_path, monkeypatch, capsys):
 def packed(job, steps):
     """The Batches of some steps of a measurement."""
     return [batch for step in steps for batch in
-            train.pack(bench.examples_from(job["batches"][step]), job["options"]["micro_tokens"], torch.device("cpu"))]
+            train.pack(timed.examples_from(job["batches"][step]), job["options"]["micro_tokens"], torch.device("cpu"))]
 
 
 def test_on_a_gpu_the_shapes_are_large(tmp_path, monkeypatch, capsys):
@@ -288,22 +306,54 @@ def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, cap
     assert lines[1].startswith("large: full, 40M, lean, GiB  ") and "memory" in lines[1]
 
 
+def words_of(capsys):
+    """The lines of the table, with single spaces."""
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_sides_take_turns_each_in_its_fastest_way(capsys):
+    """Ours, in its second way, takes 2, 4 and 1 seconds; the peer takes 5 in the best of its ways, then 8 and 8."""
+    calls = []
+
+    def side(name, **times):
+        def measured(way):
+            calls.append((name, way))
+            return times[way].pop(0)
+        return {way: lambda way=way: measured(way) for way in times}
+    ours = side("ours", slow=[10.0], quick=[2.0, 4.0, 1.0])
+    theirs = side("theirs", first=[9.0], fails=[None], best=[5.0, 8.0, 8.0])
+    bench.compare("what", lambda run: 100 / run, ours, theirs, lambda words, run: f"{words} in {run}")
+    assert calls == [("ours", "slow"), ("ours", "quick"), ("theirs", "first"), ("theirs", "fails"), ("theirs", "best"),
+                     *[("ours", "quick"), ("theirs", "best")] * 2]
+    assert words_of(capsys) == ["what 50 12 2.50 x quick in 2.0; 3 turns, 2.00 to 8.00 x; the peer's best is best "
+                                "(first: 11, best: 20)"]
+    for others in ({}, {"gone": lambda: None}):
+        bench.compare("what", lambda run: run, {"": lambda: 7}, others)
+        assert words_of(capsys) == ["what 7"], "without a peer, ours alone, once"
+    times = iter([4, None, 2])
+    bench.compare("what", lambda run: run, {"": lambda: 8}, {"a": lambda: next(times)})
+    assert words_of(capsys) == ["what 8 3 3.00 x 2 turns, 2.00 to 4.00 x; the peer's best is a"]
+
+
 @pytest.mark.parametrize("peer", [None, "python"])
 def test_training_is_compared(tmp_path, monkeypatch, capsys, peer):
     """TRL is handed the very batches that ours trains on: 8 examples of BOS, an embedded text and EOS."""
-    jobs = {}
-    monkeypatch.setattr(bench, "measure", lambda kind, folder, *_, **job: jobs.update({kind: job}) or dict(
-        tokens=1000, seconds=2 if kind == "train_ours" else 8, peak=3.5))
+    jobs = []
+    monkeypatch.setattr(bench, "measure", lambda kind, folder, *_, **job: jobs.append((kind, job)) or dict(
+        tokens=1000, seconds=2 if kind == "train_ours" else 4 if job["packing"] else 8, peak=3.5))
     bench.bench_train(tmp_path, "cpu", RATES, peer, steps=2, pairs=None, tokenizer=None, model=None)
-    batches = jobs["train_ours"]["batches"]
+    batches = jobs[0][1]["batches"]
     documents = [document for batch in batches for document in batch]
     assert [len(batch) for batch in batches] == [8] * 4 and len({tuple(ids) for ids, _ in documents}) == 32
     assert all(ids[0] == 1 and ids[-1] == 2 and start == 1 and len(ids) <= bench.MAX_TOKENS for ids, start in documents)
-    words = " ".join(capsys.readouterr().out.split())
-    assert words.startswith("train: SFT, 40M, real tokens/s 500 125 4.00 x " if peer else
-                            "train: SFT, 40M, real tokens/s 500 ") and ("TRL 3.5 GiB" in words) == bool(peer)
+    line, = words_of(capsys)
+    assert line.startswith("train: SFT, 40M, real tokens/s 500 250 2.00 x " if peer else
+                           "train: SFT, 40M, real tokens/s 500 ")
+    assert ("the peer's best is packed" in line) == bool(peer)
     eos = checkpoint.load_tokenizer(tmp_path).id_to_token(2)
-    assert jobs.get("train_trl") == ({"batches": batches, "eos": eos} if peer else None)
+    assert all(job["batches"] == batches and job.get("eos", eos) == eos for _, job in jobs)
+    ways = [{name: job[name] for name in ("packing", "together")} for kind, job in jobs if kind == "train_trl"]
+    assert ways[:4] == ([*bench.TUNING.values()] if peer else []) and len(ways) == (6 if peer else 0)
     assert checkpoint.load(tmp_path).config == Config(**bench.SIZE)
 
 
@@ -354,35 +404,26 @@ def test_a_given_model_is_what_both_start_from(tmp_path, aligner):
         assert checkpoint.load_tokenizer(tmp_path).to_str() == words.to_str()
 
 
-def test_dpo_is_compared_in_turns_and_trl_takes_its_fastest_way(tmp_path, monkeypatch, capsys, aligner):
-    """Ours takes 2, 4 and 1 seconds; TRL takes 8 at first, 5 in the best of its ways, and then 2 and 8."""
-    jobs, ours, theirs = [], iter([2, 9, 4, 1]), iter([8, None, 5, 9, 2, 8])
+def test_dpo_is_compared_and_so_are_the_losses_of_both(tmp_path, monkeypatch, capsys, aligner):
+    jobs = []
 
     def measured(kind, folder, device, peer=None, **job):
         jobs.append((kind, job))
-        time = next(ours if kind == "train_ours" else theirs)
         losses = [0.7, 0.6, 0.5, 0.4, 0.3 if kind == "train_ours" else 0.25]
-        return time and dict(tokens=1000, seconds=time, losses=losses, peak=1.0)
+        return dict(tokens=1000, seconds=1 if kind == "train_ours" else 2, losses=losses, peak=1.0)
     monkeypatch.setattr(bench, "measure", measured)
     bench.bench_dpo(tmp_path, "cpu", "python", 2, None, None, aligner)
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    what = f"dpo: {aligner.name}"
+    lines, what = words_of(capsys), f"dpo: {aligner.name}"
     assert lines[0] == f"{what}, fp32, loss of step 1 0.70000 0.70000 1.00 x steps 1 to 5: at most 5e-02 apart"
     assert [line.split(" step ")[1] for line in lines[1:4]] == [f"{n} 0.{8 - n}0000 0.{8 - n}0000 1.00 x"
                                                                 for n in (2, 3, 4)]
-    assert lines[4:] == [
-        f"{what}, real tokens/s 1,000 500 2.00 x best of 3 turns, 0.50 to 8.00 x; TRL best with bf16, 1 at a time, "
-        "reference in each step (first turn: bf16, 1 at a time, reference first: 125; bf16, 1 at a time, reference in "
-        "each step: 200; fp32, 1 at a time, reference first: 111)"]
-    assert [kind for kind, _ in jobs] == ["train_ours"] + ["dpo_trl"] * 4 + ["train_ours"] * 2 + [
-        "dpo_trl", "train_ours", "dpo_trl"]
-    assert [job["precision"] for kind, job in jobs if kind == "train_ours"] == ["auto", "fp32", "auto", "auto"]
+    assert lines[4].startswith(f"{what}, real tokens/s 1,000 500 2.00 x ") and len(lines) == 5
+    assert [job["precision"] for kind, job in jobs if kind == "train_ours"] == ["fp32"] + ["auto"] * 3
     assert all((job["beta"], job["lr"], job["batches"]) == (0.1, 1e-4, jobs[0][1]["batches"]) for _, job in jobs)
     tried = [{key: job[key] for key in ("bf16", "precompute", "together")} for kind, job in jobs if kind == "dpo_trl"]
-    assert tried == [*bench.WAYS, bench.WAYS[2], bench.WAYS[2]]
-    ours = iter([4])
+    assert tried[:5] == [bench.LIKE_OURS, *bench.PREFERRING.values()] and len(tried) == 7
     bench.bench_dpo(tmp_path, "cpu", None, 2, None, None, aligner)
-    assert " ".join(capsys.readouterr().out.split()) == f"{what}, real tokens/s 250", "without a peer, ours alone"
+    assert words_of(capsys) == [f"{what}, real tokens/s 1,000 the reference once"], "without a peer, ours alone"
 
 
 @pytest.fixture(scope="module")
@@ -415,29 +456,34 @@ def test_what_cannot_be_widened_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_aligning_is_compared_at_the_best_batch_of_each(tmp_path, monkeypatch, capsys, aligner):
-    took = {("align_ours", 32): 4.0, ("align_ours", 64): 8.0, ("align_transformers", 1): 32.0,
-            ("align_transformers", 16): 10.0, ("align_transformers", 64): None}
+def test_aligning_is_compared_at_the_best_of_each(tmp_path, monkeypatch, capsys, aligner):
+    took = {("align_ours", 32, None): 4.0, ("align_ours", 64, None): 8.0, ("align_transformers", 1, None): 32.0,
+            ("align_transformers", 16, None): 10.0, ("align_transformers", 64, None): None,
+            ("align_transformers", 1, 15): 8.0}
     jobs = []
 
     def measured(kind, folder, device, peer=None, **job):
-        jobs.append((kind, job["batch"], job.get("draft"), job["prompts"]))
-        time = took[kind, job["batch"]]
+        jobs.append((kind, job["batch"], job.get("lookup"), job["dtype"]))
+        assert job["prompts"] == prompts and job.get("draft", 15) == 15
         written = [[place] if kind == "align_ours" else [place % 2] for place in range(len(job["prompts"]))]
+        time = took.get((kind, job["batch"], job.get("lookup")), 1.0)
         return time and dict(seconds=time, written=written, copied=0.25, peak=1.0)
+    prompts = bench.answer_prompts(bench.Writer(aligner, "cpu"), None, 4)
     monkeypatch.setattr(bench, "measure", measured)
     bench.bench_align(tmp_path, "cpu", "python", aligner, None, 4)
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ("align: 40M, answers/s 1.00 0.40 2.50 x batch 32, 25 % copied; transformers best at 16: 1: "
-                        "0.12, 16: 0.40; 2 of 4 the same text")
-    assert len(lines) == 2 and lines[0].startswith("align: 0.0M, answers/s 1.00 0.40 2.50 x")
-    assert [job[:3] for job in jobs] == [
-        ("align_ours", 32, 15), ("align_ours", 64, 15), ("align_transformers", 1, None),
-        ("align_transformers", 16, None), ("align_transformers", 64, None)] * 2
-    assert all(job[3] == jobs[0][3] and len(job[3]) == 4 for job in jobs), "the same prompts for all"
+    lines, dtype = words_of(capsys), bench.dtype_of("cpu")
+    assert lines[2:] == ["align: 40M, fp32, the same text 2 4 0.50 x",
+                         "align: 40M, answers/s 1.00 0.50 2.00 x batch 32, 25 % copied; 3 turns, 2.00 to 2.00 x; the "
+                         "peer's best is one by one, prompt lookup (batch 16: 0.40, one by one: 0.12, one by one, "
+                         "prompt lookup: 0.50)"]
+    assert len(lines) == 4 and lines[0].startswith("align: 0.0M, fp32") and len(jobs) == 24
+    assert jobs[:2] == [("align_transformers", 1, None, "float32"), ("align_ours", 4, None, "float32")]
+    assert jobs[2:12] == [(*job, dtype) for job in (
+        ("align_ours", 32, None), ("align_ours", 64, None), ("align_transformers", 16, None),
+        ("align_transformers", 64, None), ("align_transformers", 1, None), ("align_transformers", 1, 15),
+        *[("align_ours", 32, None), ("align_transformers", 1, 15)] * 2)]
     bench.bench_align(tmp_path, "cpu", None, aligner, None, 4)
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == "align: 40M, answers/s 1.00 batch 32, 25 % copied"
+    assert words_of(capsys)[1] == "align: 40M, answers/s 1.00 batch 32, 25 % copied"
 
 
 def test_prompts_are_spread_over_the_answers(tmp_path, aligner):
@@ -453,23 +499,36 @@ def test_prompts_are_spread_over_the_answers(tmp_path, aligner):
 
 
 def test_copying_is_compared_on_edits_that_keep_70_percent(tmp_path, monkeypatch, capsys, aligner):
-    """A third of the edits drop 30 % of their answer, the others all or nothing."""
+    """A third of the edits drop 30 % of their answer, the others all or nothing. With guesses, both are twice as fast;
+    the peer takes three times as long as ours."""
     found, jobs = [([5] * (i + 9), list(range(i, i + 20))) for i in range(60)], []
     edits = [answer[:(14, 0, 20)[i % 3]] for i, (_, answer) in enumerate(found)]
 
-    def measured(kind, folder, device, **job):
-        jobs.append((job["batch"], job["draft"], job["prompts"]))
+    def measured(kind, folder, device, peer=None, **job):
+        guesses = job.get("draft", job.get("lookup"))
+        jobs.append((kind, job["batch"], guesses, job["prompts"]))
         written = edits if len(jobs) == 1 else [[1] * 10] * len(job["prompts"])
-        return dict(seconds=1.0 if job["draft"] else 2.0, written=written, copied=0.5)
+        seconds = (1.0 if guesses else 2.0) * (1 if kind == "align_ours" else 3)
+        return dict(seconds=seconds, written=written, copied=0.5 if guesses else 0.0)
     monkeypatch.setattr(bench, "measure", measured)
     monkeypatch.setattr(bench, "embedded_prompts", lambda writer, count: found)
-    bench.bench_copy(tmp_path, "cpu", aligner)
+    bench.bench_copy(tmp_path, "cpu", "python", aligner)
     chosen = [prompt for prompt, _ in found][::3]
-    assert [job[:2] for job in jobs[1:]] == [(1, 15), (1, 0), (16, 15), (16, 0)] * 2
-    assert all(prompts == chosen[:16 if batch == 1 else 64] for batch, _, prompts in jobs[1:])
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[3] == ("copy: 40M, batch 16, new tokens/s 200 100 2.00 x 50 % copied; 20 of 20 the same text; against "
-                        "draft=0")
+    assert all(prompts == chosen[:16 if batch == 1 else 64] for _, batch, _, prompts in jobs[1:])
+    ours, theirs = "align_ours", "align_transformers"
+    assert [job[:3] for job in jobs[1:]] == [
+        (ours, 1, 15), (theirs, 1, None), (theirs, 1, 15), *[(ours, 1, 15), (theirs, 1, 15)] * 2,
+        *[(ours, 1, 0), (theirs, 1, None)] * 3, *[(ours, 16, 15), (ours, 16, 0)] * 3] * 2
+    assert words_of(capsys)[3:] == [
+        "copy: 40M, one sequence, new tokens/s 160 53 3.00 x 50 % copied; 3 turns, 3.00 to 3.00 x; the peer's best is "
+        "one by one, prompt lookup (one by one: 27, one by one, prompt lookup: 53)",
+        "copy: 40M, one sequence, without copying 80 27 3.00 x 0 % copied; 3 turns, 3.00 to 3.00 x; the peer's best is "
+        "one by one",
+        "copy: 40M, batch 16, against not copying 200 100 2.00 x 50 % copied; 3 turns, 2.00 to 2.00 x; the peer's best "
+        "is ours"]
+    jobs.clear()
+    bench.bench_copy(tmp_path, "cpu", None, aligner)
+    assert words_of(capsys)[0] == "copy: 0.0M, one sequence, new tokens/s 160 50 % copied"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -520,7 +579,7 @@ def test_a_peer_needs_nothing_of_ours(tmp_path, kind):
 
 
 def test_a_measurement_is_a_process_under_its_own_python(tmp_path, monkeypatch):
-    """A peer's runs peers.py under the peer's Python, ours bench.py under ours; each prints figures, last of all."""
+    """A peer's runs peers.py under the peer's Python, ours timed.py under ours; each prints figures, last of all."""
     commands = []
 
     def run_here(command, **_):
@@ -530,5 +589,5 @@ def test_a_measurement_is_a_process_under_its_own_python(tmp_path, monkeypatch):
     assert bench.measure("dpo_trl", tmp_path, "cpu", "python", beta=1) == {"seconds": 3}
     assert bench.measure("decode", tmp_path, "cpu", dtype="float32") == {"seconds": 3}
     assert commands == [["python", str(ROOT / "peers.py"), "dpo_trl", str(tmp_path)],
-                        [sys.executable, str(ROOT / "bench.py"), "--job", "decode", str(tmp_path)]]
+                        [sys.executable, str(ROOT / "timed.py"), "decode", str(tmp_path)]]
     assert json.loads((tmp_path / "job.json").read_text()) == {"device": "cpu", "dtype": "float32"}
