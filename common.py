@@ -148,7 +148,7 @@ def add_options(parser, Options, leave_out=(), **defaults):
             continue
         about, flag, default = field.metadata, flag_of(field.name), defaults.get(field.name, field.default)
         text = about["help"].replace("%", "%%")  # argparse would take it for a place to fill in
-        shared = dict(default=None, help=f"{text} (default {'none' if default == '' else default})")
+        shared = dict(default=None, help=f"{text} (default {'none' if default in ('', None) else default})")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
         elif about["choices"]:

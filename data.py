@@ -2,13 +2,15 @@
 
     python data.py reformulate harmless-base/train.jsonl.gz --out pairs.jsonl
     python data.py reformulate rated.jsonl --out pairs.jsonl --objectives helpful "Brevity: The answer should be short"
+    python data.py reformulate labels.jsonl --out pairs.jsonl                  # of AI feedback, on several principles
     python data.py show pairs.jsonl -n 2
 
 The rows that flow through the project are dicts, and lines of JSON Lines files ("?": not in every row):
 
     row         keys                                              made by                    read by
     rated       prompt, responses: [{text, scores: {objective:    formats.read_rated, toy,   reformulate, align, ppo,
-                number}}], golden?, objectives?                   feedback answer            feedback, train sft
+                number}}], golden?, objectives?, margin?: what    feedback answer            feedback, train sft
+                scores of no greater difference are, is equal
     example     prompt, completion, objectives, relation,         reformulate                train identity, partner,
                 context and answer: [start, end] in the prompt                               equal, better
     completion  prompt, completion, context?                      formats.read_completions   train sft
@@ -27,7 +29,8 @@ Rated rows are read from files of many formats (JSON Lines, a JSON list, CSV, Pa
     prompt, completion, label       KTO: label is true or false, the score 1 or 0
     prompt, response, helpfulness   HelpSteer2 (and correctness, coherence, complexity, verbosity)
     prompt, response_0, response_1  PKU-SafeRLHF (and better_response_id, safer_response_id)
-    prompt, response_a, response_b  our labels (p_a), or what `reward.py score` writes (scores, which count)
+    prompt, response_a, response_b  our labels (p_a), or what `reward.py score` writes (scores, which count); where all
+                                    pairs of a prompt's responses stand there, one row with each one's mean
     prompt, response 1, response 2  Auto-J
     instruction, output             Alpaca (input is joined to instruction), or AlpacaEval's outputs
     query, generated_text           MetaAligner's outputs (goldens?)
@@ -51,7 +54,7 @@ from common import UserError, add_options, check_out, cli, make_parser, number, 
 from tqdm import tqdm
 
 from files import field, first_and_all, read_json, records, shorten, shown
-from formats import located_rated, read_pairs
+from formats import LABEL_MARGIN, SCORE_MARGIN, located_rated, read_pairs
 from objectives import OBJECTIVES, find_objectives, nearest
 
 
@@ -111,7 +114,8 @@ def compare(first, second, margin=0.0):
 @dataclass
 class Pairing:
     """Which edits become examples, and what their prompts name. The defaults are the paper's."""
-    margin: float = option(0.0, "a score is better if it is higher by more", 0)
+    margin: float = option(None, "a score is better if it is higher by more; none: of labels' probabilities, "
+                           f"{LABEL_MARGIN}; of preference models' scores, {SCORE_MARGIN}; of all others, 0", 0)
     dominance: bool = option(False, "leave out edits that make any objective worse")
     subset: float = option(0.0, "chance that a prompt names only some of what improves", 0, 1)
     best: float = option(0.0, "chance that a prompt also names some of what cannot improve", 0, 1)
@@ -127,8 +131,9 @@ def reformulate(rated, objectives, pairing=Pairing(), template=TEMPLATE, skipped
     on which the first is better; the first edited into the second, with all those on which the second is better; and
     the second edited into the first, to stay equal on those on which they are. Pairing changes this. An objective that
     has several wordings is asked for in one of them.
-    rated: rows as read_rated yields them. objectives: Objectives, a list or a dict by name; scores on others do not
-        count. ceiling: {name: the score that cannot improve} (default: the highest of the row's answers).
+    rated: rows as read_rated yields them; a row's "margin" counts where Pairing has none. objectives: Objectives, a
+        list or a dict by name; scores on others do not count. ceiling: {name: the score that cannot improve} (default:
+        the highest of the row's answers).
     skipped: a Counter, told of what was left out: examples with an empty target, "better" ones whose two answers are
         the same text, edits that make another objective worse, and rows that give none.
     Yields {"prompt", "completion", "objectives": [names], "relation": "better", "equal" or "keep", "context" and
@@ -139,9 +144,10 @@ def reformulate(rated, objectives, pairing=Pairing(), template=TEMPLATE, skipped
     generator = random.Random(pairing.seed)
     for row in rated:
         answers, compared = [(response["text"], scores_on(by_name, response)) for response in row["responses"]], False
+        margin = row.get("margin", 0.0) if pairing.margin is None else pairing.margin
         for first, second in itertools.combinations(answers, 2):
-            for source, target, names, relation in edits(first, second, ceiling or highest(answers), pairing, generator,
-                                                         skipped):
+            for source, target, names, relation in edits(first, second, margin, ceiling or highest(answers), pairing,
+                                                         generator, skipped):
                 compared = True
                 if names:
                     generator.shuffle(names)
@@ -151,9 +157,9 @@ def reformulate(rated, objectives, pairing=Pairing(), template=TEMPLATE, skipped
             skipped["no two answers to the prompt are scored on one objective asked for"] += 1
 
 
-def edits(first, second, ceiling, pairing, generator, skipped):
+def edits(first, second, margin, ceiling, pairing, generator, skipped):
     """Yield what is to be learned of two answers (text, scores): (source, target, names, relation)."""
-    better, worse, equal = compare(first[1], second[1], pairing.margin)
+    better, worse, equal = compare(first[1], second[1], margin)
     for (source, _), (target, scores), names, others in ((second, first, better, worse),
                                                          (first, second, worse, better)):
         if reason := names and why_not(source, target, others if pairing.dominance else []):

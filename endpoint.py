@@ -231,8 +231,10 @@ class Endpoint:
         status, message = response.status, self._told(text) or self._told(response.reason)
         if status in (408, 429) or status >= 500:
             raise TryAgain(f"HTTP {status} {message}", retry_after(response.headers))
-        unsupported = {name for name in ("max_tokens", "temperature") if name in body and name in message}
-        if status == 400 and unsupported and re.search("not support|unsupported", message, re.I):
+        unsupported = {name for name in ("max_tokens", "temperature", "logprobs", "top_logprobs")
+                       if name in body and name.removeprefix("top_") in message}
+        refusal = re.search("not support|unsupported|forbidden|unexpected", message, re.I)
+        if status in (400, 422) and unsupported and refusal:
             self.refused |= unsupported
             raise TryAgain(message)
         if status in (400, 413) and re.search("context|too long|maximum model length", message, re.I):

@@ -2,6 +2,7 @@
 
 examples:
     python eval.py aligned.jsonl --judge-url http://localhost:8000 --judge-model some-model
+    python eval.py aligned.jsonl --judge pms/toxicity pms/detail     # preference models, one for each objective
     python eval.py runs/story/aligned/*.jsonl     # the embedded world's own objectives, judged exactly
 
 A judge is any function `judge(query, first, second, objective)` that returns "first", "second", "tie", or None where
@@ -16,7 +17,7 @@ import tempfile
 from operator import attrgetter
 from pathlib import Path
 
-from common import UserError, check_out, cli, make_parser, number, write_text
+from common import UserError, check_out, cli, make_parser, number, refuse_given, write_text
 
 import numpy
 from tqdm import tqdm
@@ -24,25 +25,41 @@ from tqdm import tqdm
 import toy
 from endpoint import Endpoint, TooLong, in_parallel, reply_text
 from formats import read_aligned
-from objectives import OBJECTIVES, find_objectives, row_objectives
+from objectives import OBJECTIVES, Objective, find_objectives, plain_name, row_objectives
 from report import pick_examples, print_table, write_report
+from scorers import Scorers, score_once
 
 # ----------------------------------------------------------------------------------------------------------------
 # Judges
 
 
-def exact_judge(score, name_of=attrgetter("name")):
+def exact_judge(score, name_of=attrgetter("name"), noise=0.0):
     """A judge from an exact scorer `score(name, query, text) -> number`, higher is better. name_of: what the scorer
-    calls an Objective."""
+    calls an Objective. noise: scores that are no further apart are a tie."""
     def judge(query, first, second, objective):
         left, right = (score(name_of(objective), query, text) for text in (first, second))
-        return "tie" if left == right else "first" if left > right else "second"
+        return "tie" if abs(left - right) <= noise else "first" if left > right else "second"
     return judge
 
 
 def exact_room(score, best, name_of=attrgetter("name")):
     """The `room` of `evaluate` for an exact scorer; `best(name)` is the highest score there is."""
     return lambda query, text, objective: score(name_of(objective), query, text) < best(name_of(objective))
+
+
+NOISE = 1e-4  # of the standard deviation of a preference model's scores: so much is rounding, not a difference
+
+
+def model_judge(models, rows):
+    """A judge from preference models (Scorers), each of the objective that bears its name, of the texts in aligned
+    rows, which are all scored first."""
+    texts = list(dict.fromkeys((row["prompt"], row[name]) for row in rows for name in ("original", "aligned", "golden")
+                               if row.get(name) is not None))
+    std = models.std.where(models.std > 0, 1)
+    scores = dict(zip(map(plain_name, models.names), (score_once(models, texts) / std[:, None]).tolist()))
+    place = {text: number for number, text in enumerate(texts)}
+    return exact_judge(lambda name, query, text: scores[name][place[query, text]],
+                       lambda objective: plain_name(objective.name), NOISE)
 
 
 JUDGE_PROMPT = """You compare two answers to one request by a single criterion and by nothing else.
@@ -227,32 +244,61 @@ def policy_names(paths):
     return stems if len(set(stems)) == len(stems) else paths
 
 
-def check_rows(path, rows, objectives, exact):
-    """UserError for a row that cannot be judged on the objectives, or (None) on its own ones; exact: not by the
-    embedded world."""
+def by_world(row, objective):
+    """UserError for what the embedded world cannot judge; the next two are the same for other judges."""
+    toy.task_of(row["prompt"])
+    toy.name_of(objective)
+
+
+def by_server(row, objective):
+    if not objective.description:
+        raise UserError(f'nothing says what the objective {objective.name!r} asks; write "Name: description" there, or '
+                        "give --objectives")
+
+
+def by_models(names):
+    def check(row, objective):
+        if plain_name(objective.name) not in map(plain_name, names):
+            raise UserError(f"no preference model of --judge ({', '.join(names)}) is for the objective "
+                            f"{objective.name!r}; add one, or leave it out with --objectives")
+    return check
+
+
+def check_rows(path, rows, objectives, check):
+    """UserError for a row that cannot be judged on the objectives, or (None) on its own ones, as check(row, objective)
+    says."""
     for place, row in enumerate(rows, 1):
         try:
             wanted = objectives or row_objectives(row)
             if not objectives and len(wanted) < len(set(row["objectives"])):
                 raise UserError("two objectives have the same name; rename one, or give --objectives")
-            if exact:
-                toy.task_of(row["prompt"])
             for objective in wanted:
-                if exact:
-                    toy.name_of(objective)
-                elif not objective.description:
-                    raise UserError(f'nothing says what the objective {objective.name!r} asks; write "Name: '
-                                    'description" there, or give --objectives')
+                check(row, objective)
         except UserError as error:
             raise UserError(f"{path}: row {place}: {error}") from None
 
 
-def judge_files(files, judge_url, judge_model, judge_tokens, objectives, out, limit, concurrency, seed):
+def load_models(folders, device):
+    """Scorers of preference models, each for another objective."""
+    models, seen = Scorers(folders, device), {}
+    for name, folder in zip(models.names, folders):
+        if (first := seen.setdefault(plain_name(name), folder)) != folder:
+            raise UserError(f"{folder}: is a preference model for {name!r}, as {first} is; leave one out")
+    return models
+
+
+def judge_files(files, judge, device, judge_url, judge_model, judge_tokens, objectives, out, limit, concurrency, seed):
     """Judge every file's rows; print the table and write the figures and the report."""
     out, endpoint = Path(out), None
     for name in ("eval.json", "report.html", "judge-cache.jsonl"):
         check_out(out / name, [*files, *(text for text in objectives or () if text.endswith(".json"))])
-    known = OBJECTIVES if judge_url else {**OBJECTIVES, **toy.OBJECTIVES, "intact": toy.INTACT}
+    models = load_models(judge, device) if judge else None
+    if models:
+        known, check = {name: Objective(name, name) for name in models.names} | OBJECTIVES, by_models(models.names)
+    elif judge_url:
+        known, check = OBJECTIVES, by_server
+    else:
+        known, check = {**OBJECTIVES, **toy.OBJECTIVES, "intact": toy.INTACT}, by_world
     wanted = find_objectives(objectives, known) if objectives else None
     distinct = {}
     for path in files:
@@ -260,15 +306,20 @@ def judge_files(files, judge_url, judge_model, judge_tokens, objectives, out, li
     files = list(distinct.values())
     policies = {name: read_aligned(path, limit) for name, path in zip(policy_names(files), files)}
     for path, rows in zip(files, policies.values()):
-        check_rows(path, rows, wanted, exact=not judge_url)
+        check_rows(path, rows, wanted, check)
     if judge_url:
         endpoint = Endpoint(judge_url, judge_model, cache=out / "judge-cache.jsonl")
-        judge, room, judged_by = endpoint_judge(endpoint, judge_tokens), None, judge_model
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # what cannot be written is an error now, and not after the last question
+    room, judged_by = None, judge_model
+    if endpoint:
+        judge = endpoint_judge(endpoint, judge_tokens)
+    elif models:
+        judge = model_judge(models, [row for rows in policies.values() for row in rows])
+        judged_by, concurrency = f"the preference models {', '.join(map(str, models.folders))}", 1
     else:
         judge, room = exact_judge(toy.score, toy.name_of), exact_room(toy.score, toy.best, toy.name_of)
         judged_by, concurrency = "the embedded world's exact scorers", 1
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # what cannot be written is an error now, and not after the last question
     results, examples = {}, {}
     for policy, rows in policies.items():
         results[policy] = evaluate(rows, wanted, judge, concurrency, seed, room=room)
@@ -287,6 +338,9 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="what align.py wrote, one file per policy")
+    add("--judge", nargs="+", metavar="FOLDER", help="preference models, one for each objective, which is the one of "
+        "the model's name (`reward.py train` makes them)")
+    add("--device", help="where they run: cpu, cuda, ... (default: cuda where there is one)")
     add("--judge-url", metavar="URL", help="an OpenAI-compatible server, such as http://localhost:8000; its key is "
         "taken from the environment's OPENAI_API_KEY (default: the embedded world's exact scorers)")
     add("--judge-model", metavar="NAME", help="the model's name on that server")
@@ -303,6 +357,10 @@ def main():
     args = parser.parse_args()
     if bool(args.judge_url) != bool(args.judge_model):
         parser.error("--judge-url and --judge-model go together")
+    if args.judge and args.judge_url:
+        parser.error("--judge and --judge-url are two judges; give one of them")
+    if not args.judge:
+        refuse_given(parser, args, ["device"], "is where --judge runs; leave it out")
     judge_files(**vars(args))
 
 

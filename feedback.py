@@ -6,11 +6,13 @@
         --judge-url http://localhost:8000 --judge-model NAME --out labels.jsonl
 
 Feedback on a single principle is simpler to give, and to learn, than feedback on everything at once (MORLAIF: Williams
-2024, arXiv 2406.07295). From top to bottom: the principles; a policy's answers; pairs of them; labels by the embedded
-world's annotator, or by a model behind a server. What learns from the labels is reward.py.
+2024, arXiv 2406.07295). From top to bottom: a policy's answers; pairs of them; labels by the embedded world's
+annotator, or by a model behind a server. What learns from the labels is reward.py, and data.py makes an aligner's
+examples of them. The principles are in objectives.py.
 """
 # A pair is {"prompt", "response_a", "response_b"}; a label row has its "principle" (a name) and "p_a" as well, the
-# probability that response_a is the better one on that principle alone.
+# probability that response_a is the better one on that principle alone; and "by": "text" where the judge said so in
+# words, so that p_a is 1, 0, or 0.5 for a tie.
 import itertools
 import json
 import math
@@ -19,7 +21,7 @@ from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option,
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, note, number, option,
                     read_options, refuse_given, write_jsonl)
 
 import numpy
@@ -30,28 +32,9 @@ import formats
 import toy
 from align import is_url, policy_answers
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
-from objectives import Objective, find_objectives
+from eval import JUDGE_PROMPT, POINTS, endpoint_judge
+from objectives import OBJECTIVES, PRINCIPLES, find_objectives
 from resume import Journal
-
-# ----------------------------------------------------------------------------------------------------------------
-# Principles: the paper's twelve, in our words. Toxicity, sycophancy and bias are named after what is to be avoided.
-
-DESCRIPTIONS = {
-    "helpfulness": "The response should bring the person closer to what they want to get done",
-    "ethicality": "The response should do right by everyone it concerns, and lead nobody to harm",
-    "factuality": "The response should state nothing that is untrue",
-    "toxicity": "The response should contain as little as possible that is rude, hateful or insulting",
-    "sycophancy": "The response should flatter and please for the sake of pleasing as little as possible",
-    "empathy": "The response should show that it understands how the person feels",
-    "relevance": "The response should keep to what was asked and wander off nowhere",
-    "context": "The response should fit the situation and what was said before",
-    "bias": "The response should be as free as possible from prejudice and from taking sides without grounds",
-    "understandability": "The response should be easy to follow for the person who asked",
-    "detail": "The response should go into particulars, as many as the question deserves",
-    "conciseness": "The response should say what it has to say in few words",
-}
-PRINCIPLES = {name: Objective(name, description) for name, description in DESCRIPTIONS.items()}
-OVERALL = Objective("overall", "The response should be the better one, all in all")
 
 # ----------------------------------------------------------------------------------------------------------------
 # A policy's answers
@@ -212,6 +195,14 @@ ANSWERED = 0.01
 ROUNDING = 1e-3  # by so much may the logarithm of a probability of 1 exceed 0
 
 
+@dataclass
+class Asking:
+    """How a judge behind a server tells which response is better."""
+    verdicts: str = option("auto", "judge: by the log-probabilities of A and B, or by what it says, A, B or tie; auto: "
+                           "as text where the server gives none", choices=("auto", "logprobs", "text"))
+    judge_tokens: int = option(16, "judge: most tokens of a text verdict; more for one that reasons first", 1, 10**9)
+
+
 def endpoint_label(endpoint, pair, principle):
     """p_a of a pair on a principle (an Objective) by the model behind an Endpoint.
 
@@ -219,17 +210,20 @@ def endpoint_label(endpoint, pair, principle):
     so that a preference for a letter or a place counts for neither. None where an answer cannot be read, or the texts
     exceed the model's context.
     """
-    chances = []
-    for first, second in (("response_a", "response_b"), ("response_b", "response_a")):
-        prompt = FEEDBACK_PROMPT.format(principle=principle.description, prompt=pair["prompt"].strip(),
-                                        first=pair[first], second=pair[second])
-        try:
-            reply = endpoint.chat([{"role": "user", "content": prompt}], 1, logprobs=True, top_logprobs=5)
-        except TooLong:
-            return None
-        chances.append(chance_of_a(reply, endpoint))
-    forward, backward = chances
+    try:
+        forward = chance_of_a(ask_letter(endpoint, pair, principle), endpoint)
+        backward = chance_of_a(ask_letter(endpoint, pair, principle, swapped=True), endpoint)
+    except TooLong:
+        return None
     return None if forward is None or backward is None else (forward + 1 - backward) / 2
+
+
+def ask_letter(endpoint, pair, principle, swapped=False):
+    """The reply to FEEDBACK_PROMPT. swapped: response_b is shown as the first."""
+    first, second = ("response_b", "response_a") if swapped else ("response_a", "response_b")
+    prompt = FEEDBACK_PROMPT.format(principle=principle.description, prompt=pair["prompt"].strip(), first=pair[first],
+                                    second=pair[second])
+    return endpoint.chat([{"role": "user", "content": prompt}], 1, logprobs=True, top_logprobs=5)
 
 
 def chance_of_a(reply, endpoint):
@@ -237,16 +231,41 @@ def chance_of_a(reply, endpoint):
     Raises UserError for a reply without log-probabilities."""
     if is_empty(reply):
         return None
+    listed = likeliest_tokens(reply)
+    if listed is None:
+        cached = f" and delete {endpoint.cache}" if endpoint.cache else ""
+        raise UserError(f"{endpoint.url}: the replies of {endpoint.model!r} hold no log-probabilities of tokens; give "
+                        f"--verdicts text, or use a server and model that know logprobs and top_logprobs{cached}")
+    return chance_among(listed)
+
+
+def likeliest_tokens(reply):
+    """[(token, log-probability), ...] of what a reply could have begun with; None where it does not say that."""
     try:
         likeliest = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         listed = [(candidate["token"].strip(), log_probability(candidate["logprob"])) for candidate in likeliest]
-        if not listed:
-            raise ValueError("only the token that was said, not the likeliest ones")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        cached = f" and delete {endpoint.cache}" if endpoint.cache else ""
-        raise UserError(f"{endpoint.url}: the replies of {endpoint.model!r} hold no log-probabilities of tokens; use "
-                        f"a server and model that know logprobs and top_logprobs{cached}") from error
-    return chance_among(listed)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return listed or None  # only the token that was said, not the likeliest ones
+
+
+def gives_logprobs(endpoint, pairs, principle):
+    """Whether the first reply that says anything, of at most 20, holds log-probabilities. If so, nothing was asked in
+    vain: endpoint_label finds the reply in the cache."""
+    for pair in pairs[:20]:
+        try:
+            reply = ask_letter(endpoint, pair, principle)
+        except TooLong:
+            continue
+        if not is_empty(reply):
+            return likeliest_tokens(reply) is not None
+    return False
+
+
+def text_label(judge, pair, principle):
+    """p_a of a pair on a principle by an eval.endpoint_judge: 1 or 0 where it prefers the same response in both orders,
+    0.5 where it does not, or says tie; None where an answer cannot be read."""
+    return POINTS[judge(pair["prompt"], pair["response_a"], pair["response_b"], principle.description)]
 
 
 def log_probability(value):
@@ -275,32 +294,50 @@ def chance_among(listed):
 # Pairs in, labels out
 
 
-def run_label(files, out, principles, judge_url, judge_model, concurrency, limit, noise):
+def labeller(endpoint, asking, journal, pairs, principles):
+    """("logprobs" or "text", a function (pair, principle) -> p_a or None). A run that goes on asks as it began."""
+    by = asking.verdicts
+    if by == "auto" and journal.rows:
+        by = next(iter(journal.rows.values()))["by"]
+    elif by == "auto":
+        by = "logprobs" if gives_logprobs(endpoint, pairs, principles[0]) else "text"
+        if by == "text":
+            note(f"{endpoint.url}: gives no log-probabilities; {endpoint.model} is asked for verdicts as text")
+    if by == "logprobs":
+        return by, lambda pair, principle: endpoint_label(endpoint, pair, principle)
+    judge = endpoint_judge(endpoint, asking.judge_tokens)
+    return by, lambda pair, principle: text_label(judge, pair, principle)
+
+
+def run_label(files, out, principles, judge_url, judge_model, concurrency, limit, noise, asking=Asking()):
     """Files of responses in, labels of every two of them out, on each principle."""
     cache = f"{out}.judge-cache.jsonl"
     for path in (out, cache):
         check_out(path, [*files, *(text for text in principles or () if text.endswith(".json"))])
-    principles = find_objectives(principles or list(PRINCIPLES), {**PRINCIPLES, "overall": OVERALL})
+    principles = find_objectives(principles or list(PRINCIPLES), OBJECTIVES)
     skipped = Counter()
     pairs = response_pairs(files, limit, skipped)
     annotator = None if judge_url else embedded_annotator(pairs, [principle.name for principle in principles], noise)
     tasks = list(enumerate(itertools.product(pairs, principles)))
 
+    def annotated(pair, principle):
+        return annotator(pair, principle.name)
+
     def labelled(task):
         index, (pair, principle) = task
-        p_a = endpoint_label(endpoint, pair, principle) if endpoint else annotator(pair, principle.name)
-        return {"index": index, "p_a": p_a}
+        return {"index": index, "p_a": label(pair, principle), "by": by}
 
     with closing(Endpoint(judge_url, judge_model, cache=cache)) if judge_url else nullcontext() as endpoint:
-        judge = [endpoint.url, judge_model, FEEDBACK_PROMPT] if endpoint else lasting(noise)
-        journal = Journal(out, digest(judge, pairs, list(map(str, principles))))
+        judge = [endpoint.url, judge_model, FEEDBACK_PROMPT, JUDGE_PROMPT, lasting(asking)] if endpoint else []
+        journal = Journal(out, digest(judge or lasting(noise), pairs, list(map(str, principles))))
+        by, label = labeller(endpoint, asking, journal, pairs, principles) if endpoint else ("annotator", annotated)
         todo = [task for task in tasks if task[0] not in journal.rows]
         with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="labelling", unit=" labels") as bar:
             for row in in_parallel(labelled, todo, concurrency) if endpoint else map(labelled, todo):
                 journal.add(row)
                 bar.update()
-    rows = [{**pair, "principle": principle.name, "p_a": journal.rows[index]["p_a"]}
-            for index, (pair, principle) in tasks]
+    rows = [{**pair, "principle": principle.name, "p_a": journal.rows[index]["p_a"],
+             **({"by": "text"} if by == "text" else {})} for index, (pair, principle) in tasks]
     read = [row for row in rows if row["p_a"] is not None]
     if not read:
         raise UserError(f"{judge_url}: none of the {len(rows)} labels can be read, as A or B; try another judge, and "
@@ -311,7 +348,9 @@ def run_label(files, out, principles, judge_url, judge_model, concurrency, limit
     for reason, count in skipped.items():
         print(f"left out: {count} pairs, {reason}")
     if endpoint:
-        print(f"judge: {endpoint.model}, {endpoint.sent} requests, {endpoint.retried} of them again after a failure; "
+        told = "A, B or tie as text" if by == "text" else "the log-probabilities of A and B"
+        print(f"judge: {endpoint.model}, by {told}, in both orders")
+        print(f"{endpoint.sent} requests, {endpoint.retried} of them again after a failure; "
               f"{endpoint.reused} replies came from the cache; {len(rows) - len(read)} labels left out as unreadable")
     else:
         print(f"annotator: temperature {noise.temperature:g}, position bias {noise.position_bias:g}, "
@@ -357,12 +396,13 @@ def add_label(commands):
     add("--out", required=True, metavar="FILE", help=".jsonl(.gz) of prompt, response_a, response_b, principle, p_a")
     add("--principles", nargs="+", metavar="P", help='names, "Name: what a response should do", or JSON files; '
         "overall is the better response, all in all (default: the paper's twelve)")
-    add("--judge-url", metavar="URL", help="an OpenAI-compatible server that gives log-probabilities, such as "
-        "http://localhost:8000 (key in OPENAI_API_KEY)")
+    add("--judge-url", metavar="URL", help="an OpenAI-compatible server, at best one that gives log-probabilities, "
+        "such as http://localhost:8000 (key in OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME", help="the model's name on that server")
     add("--concurrency", type=number(int, 1), default=8, metavar="N",
         help="questions to the server at a time (default %(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N pairs")
+    add_options(parser, Asking)
     add_options(parser, Noise)
     return parser
 
@@ -383,8 +423,10 @@ def main():
         if args.judge_url:
             why = "is the embedded annotator's; leave it out with --judge-url"
             refuse_given(label, args, vars(Noise()), why)
+        else:
+            refuse_given(label, args, vars(Asking()), "is for a judge behind a server; give --judge-url as well")
         run_label(args.files, args.out, args.principles, args.judge_url, args.judge_model, args.concurrency, args.limit,
-                  read_options(Noise, args))
+                  read_options(Noise, args), read_options(Asking, args))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ From top to bottom: rated rows; examples, texts and what align.py writes; prefer
 which keys tell a format, is listed at the top of data.py. Whatever cannot be read is a UserError, with file and line.
 """
 import itertools
+import math
 import re
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -54,7 +56,8 @@ def located_rated(path, objective=None, queries=None, skipped=None, source=None)
                 yield where, rated_row(record, where, *content)
             elif skipped is not None:
                 skipped["the two dialogues differ before the last answer"] += 1
-    yield from joined(converted()) if convert in JOINED else converted()
+    rows = joined(converted()) if convert in JOINED else converted()
+    yield from round_robins(rows) if convert is from_judged else rows
 
 
 def joined(rows):
@@ -73,6 +76,27 @@ def joined(rows):
                     raise UserError(f"{other_where}: scores the pair of the row before anew; remove one of the two")
                 response["scores"].update(more["scores"])
         yield where, row
+
+
+def round_robins(rows):
+    """Pairs (where, rated row of two responses), neighbours of one prompt as one row with all its responses, if each
+    two of these are compared, and on the same objectives; else as they are. A score is then the mean over the pairs
+    that a response is in: of probabilities to be the better one, that against all the others (Borda's count)."""
+    for _, group in itertools.groupby(rows, lambda item: {**item[1], "responses": []}):
+        group = [(where, row, frozenset(each["text"] for each in row["responses"])) for where, row in group]
+        pairs = {texts: row for _, row, texts in group}
+        once = all(len(texts) == 2 and pairs[texts] == row for _, row, texts in group)  # in one order, with one score
+        scores = {}
+        for response in itertools.chain.from_iterable(row["responses"] for row in pairs.values()):
+            scores.setdefault(response["text"], []).append(response["scores"])
+        names = {frozenset(each) for several in scores.values() for each in several}
+        if len(scores) == 2 or not once or len(pairs) != math.comb(len(scores), 2) or len(names) != 1:
+            yield from ((where, row) for where, row, _ in group)
+            continue
+        responses = [{"text": text, "scores": {name: statistics.fmean(each[name] for each in several)
+                                               for name in several[0]}} for text, several in scores.items()]
+        where, row, _ = group[0]
+        yield where, {**row, "responses": responses}
 
 
 def objective_of_path(path):
@@ -96,9 +120,10 @@ def with_queries(path, source, queries):
         yield where, {**answer, "query": field(query, "query", where_asked)}
 
 
-def rated_row(record, where, prompt, answers, best_is_golden=False):
-    """A rated row of answers [(text, scores)], with the record's golden answer and objectives, where it has any."""
-    row = {"prompt": prompt, "responses": []}
+def rated_row(record, where, prompt, answers, best_is_golden=False, margin=None):
+    """A rated row of answers [(text, scores)], with the record's golden answer and objectives, where it has any, and
+    the margin up to which scores count as equal, where they are estimates."""
+    row = {"prompt": prompt, "responses": []} | ({} if margin is None else {"margin": margin})
     for text, scores in answers:
         row["responses"].append({"text": text, "scores": present(scores, where)})
     golden, objectives = golden_and_objectives(record, where)
@@ -217,18 +242,25 @@ def from_auto_j(record, where, objective):
                                             (field(record, "response 2", where), {objective: 1 - first})]
 
 
+LABEL_MARGIN = 0.2  # of probabilities to be the better one: 0.6 against 0.4, or closer, is a tie
+SCORE_MARGIN = 0.4  # of preference models' scores, which are log-odds: 0.4 is as much, 0.6 against 0.4
+
+
 def from_judged(record, where, _):
-    """Our labels, or what `reward.py score` writes: scores {name: [of response_a, of response_b]}."""
+    """Our labels, which become each response's probability to be the better one, or what `reward.py score` writes:
+    scores {name: [of response_a, of response_b]}."""
+    margin = SCORE_MARGIN
     if "scores" not in record:
         (label,) = from_label(record, where)
         record = {**record, "scores": {label["principle"]: [label["p_a"], 1 - label["p_a"]]}}
+        margin = LABEL_MARGIN
     scores = field(record, "scores", where, dict)
     for name, both in scores.items():
         if not isinstance(both, list) or len(both) != 2:
             raise UserError(f"{where}: the scores {shown(name)} are {kind(both)}, not a list of two numbers; mend them")
     return field(record, "prompt", where), [
         (field(record, f"response_{side}", where), {name: both[i] for name, both in scores.items()})
-        for i, side in enumerate("ab")]
+        for i, side in enumerate("ab")], False, margin
 
 
 def from_alpaca(record, where, _):

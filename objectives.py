@@ -71,6 +71,21 @@ TEXTS = {  # name: the description first
     "verbose": "The response should go into every detail, at length | be verbose | write at length | leave no detail "
                "unsaid",
 }
+# MORLAIF's twelve, in our words. Toxicity, sycophancy and bias are named after what is to be avoided.
+PRINCIPLE_TEXTS = {
+    "helpfulness": "The response should bring the person closer to what they want to get done",
+    "ethicality": "The response should do right by everyone it concerns, and lead nobody to harm",
+    "factuality": "The response should state nothing that is untrue",
+    "toxicity": "The response should contain as little as possible that is rude, hateful or insulting",
+    "sycophancy": "The response should flatter and please for the sake of pleasing as little as possible",
+    "empathy": "The response should show that it understands how the person feels",
+    "relevance": "The response should keep to what was asked and wander off nowhere",
+    "context": "The response should fit the situation and what was said before",
+    "bias": "The response should be as free as possible from prejudice and from taking sides without grounds",
+    "understandability": "The response should be easy to follow for the person who asked",
+    "detail": "The response should go into particulars, as many as the question deserves",
+    "conciseness": "The response should say what it has to say in few words",
+}
 SEPARATOR = " | "
 
 
@@ -88,7 +103,10 @@ def make_objective(name, texts, where):
     return Objective(name.strip(), first, tuple(others))
 
 
-OBJECTIVES = {name: make_objective(name, texts, name) for name, texts in TEXTS.items()}
+PRINCIPLES = {name: make_objective(name, text, name) for name, text in PRINCIPLE_TEXTS.items()}
+OVERALL = Objective("overall", "The response should be the better one, all in all")
+OBJECTIVES = {**{name: make_objective(name, texts, name) for name, texts in TEXTS.items()}, **PRINCIPLES,
+              "overall": OVERALL}
 
 
 def plain_name(name):

@@ -124,7 +124,7 @@ VERBS = {  # verb -> whether sentences do it; x, y: for each sentence, whether i
     "atleast": lambda x, n: len(x) >= n,
 }
 OBJECTIVES = {name: wordings.objective(name) for name in NAMED}
-WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait is worth (as texts: feedback.py)
+WORTH = {  # MORLAIF's twelve principles: name -> what each sentence of a trait is worth (as texts: objectives.py)
     "helpfulness": {"right": 1},
     "ethicality": {"insult": -1, "wrong": -1, "warning": 1},
     "factuality": {"wrong": -1, "garbled": -1},

@@ -164,7 +164,7 @@ SUBJECTS = {  # name: (the command, the words with which it goes on after a kill
     "feedback answer": ("feedback answer {w}/prompts.jsonl --policy {w}/policy --out {o}/out.jsonl" + WRITING, ""),
     "feedback label": ("feedback label {w}/rated.jsonl --out {o}/out.jsonl", ""),
     "label, server": ("feedback label {w}/rated.jsonl --out {o}/out.jsonl --limit 8 --principles toxicity detail"
-                      + JUDGE, ""),
+                      " --verdicts logprobs" + JUDGE, ""),
     "eval, server": ("eval {w}/aligned.jsonl --out {o}/out" + JUDGE, ""),
     "data reformulate": ("data reformulate {w}/rated.jsonl --out {o}/out.jsonl --objectives helpful harmless", ""),
     "story": ("story --out {o}/out --device cpu", ""),

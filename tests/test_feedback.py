@@ -216,8 +216,8 @@ def test_texts_beyond_the_judges_context_are_left_out(serve):
 @pytest.mark.parametrize("name", sick_server.NO_LOGPROBS)
 def test_a_server_without_logprobs_is_told_of_in_one_line(sick, world, monkeypatch, capsys, tmp_path, name):
     server = sick(name)
-    refused(monkeypatch, capsys, judged(world, server, tmp_path / "out"), server.url, "no log-probabilities",
-            "delete", "out.judge-cache.jsonl")
+    refused(monkeypatch, capsys, judged(world, server, tmp_path / "out", "--verdicts", "logprobs"), server.url,
+            "no log-probabilities", "--verdicts text", "delete", "out.judge-cache.jsonl")
     assert not (tmp_path / "out").exists()
 
 

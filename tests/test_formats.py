@@ -191,9 +191,9 @@ def test_labels_of_a_pair_are_one_rated_row(tmp_path):
     other = {**LABEL, "response_b": "z"}
     path = write(tmp_path / "l.jsonl", LABEL, {**LABEL, "principle": "tone", "p_a": 1}, other, {**LABEL, "p_a": 0.5})
     assert list(formats.read_rated(path)) == [
-        rated("q", response("x", detail=0.25, tone=1), response("y", detail=0.75, tone=0)),
-        rated("q", response("x", detail=0.25), response("z", detail=0.75)),
-        rated("q", response("x", detail=0.5), response("y", detail=0.5))]
+        rated("q", response("x", detail=0.25, tone=1), response("y", detail=0.75, tone=0), margin=0.2),
+        rated("q", response("x", detail=0.25), response("z", detail=0.75), margin=0.2),
+        rated("q", response("x", detail=0.5), response("y", detail=0.5), margin=0.2)]
     twice = write(tmp_path / "t.jsonl", LABEL, LABEL, {**LABEL, "p_a": 0.5})
     with pytest.raises(UserError, match="t.jsonl:3: scores the pair of the row before anew"):
         list(formats.read_rated(twice))
@@ -202,7 +202,8 @@ def test_labels_of_a_pair_are_one_rated_row(tmp_path):
 def test_scored_pairs_are_compared_by_the_models_scores(tmp_path):
     scored = {**LABEL, "scores": {"detail": [1.5, -2], "tone": [3, None]}}
     path = write(tmp_path / "s.jsonl", scored, {**scored, "principle": "tone"})
-    assert list(formats.read_rated(path)) == [rated("q", response("x", detail=1.5, tone=3), response("y", detail=-2))]
+    assert list(formats.read_rated(path)) == [
+        rated("q", response("x", detail=1.5, tone=3), response("y", detail=-2), margin=0.4)]
     assert list(formats.read_preferences(path)) == [formats.preference("q", "x", "y", "detail", 1.0)]
 
 
