@@ -159,7 +159,8 @@ def aligners(folder, aligner):
     small = checkpoint.load(aligner)
     config = replace(small.config, **SIZE, num_key_value_heads=None, head_dim=None, tie_word_embeddings=False)
     fits = all(value <= getattr(config, name) for name, value in vars(small.config).items() if name in SIZE)
-    if not fits or config.head_dim % small.config.head_dim or config.attention_bias or config.mlp_bias:
+    plain = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
+    if not fits or config.head_dim % small.config.head_dim or not plain:
         raise UserError(f"{aligner}: cannot be widened to 40M parameters; give an aligner that `make train` wrote")
     checkpoint.save(small, folder / "narrow")
     checkpoint.save(widen(small, config), folder / "wide")

@@ -44,6 +44,7 @@ def save(llama, folder):
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration
 
+PLAIN = "a plain Llama, Qwen2, Qwen3 or Mistral"
 # What the keys of a config.json must be where they are not null: a type and, for numbers, the lowest and the highest.
 # Where the mathematics sets no end, it lies far beyond any Llama's, to refuse an absurd size before memory runs out.
 CONFIG = {
@@ -52,7 +53,8 @@ CONFIG = {
     "head_dim": (int, 2, 2**12), "max_position_embeddings": (int, 1, 2**31), "rms_norm_eps": (float, 1e-30, 0.1),
     "rope_theta": (float, 1, 1e12), "rope_scaling": (dict,), "rope_parameters": (dict,), "attention_bias": (bool,),
     "mlp_bias": (bool,), "tie_word_embeddings": (bool,), "architectures": (list,), "id2label": (dict,),
-    "num_labels": (int, 0, 2**12),
+    "num_labels": (int, 0, 2**12), "sliding_window": (int, 1, 2**31), "use_sliding_window": (bool,),
+    "max_window_layers": (int, 0, 2**12), "layer_types": (list,),
 }
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TURNS = (float, 1e-3, 1e6)
@@ -61,10 +63,22 @@ ROPE = {  # rope_type -> the same for the numbers that it needs
     "llama3": {"factor": (float, 0.01, 1e6), "low_freq_factor": TURNS, "high_freq_factor": TURNS,
                "original_max_position_embeddings": (float, 1, 2**31)},
 }
-# Keys that change the network's mathematics, each with the values that leave it as written in model.py.
+# model_type -> the keys that not every architecture has, and numbers whose default is not Config's, each with what
+# transformers takes it for where it is absent.
+QWEN2 = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None,
+         "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "layer_types": None}
+ARCHITECTURES = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": QWEN2,
+    "qwen3": QWEN2 | {"head_dim": 128, "attention_bias": False},
+}
+# Keys that change the network's mathematics, each with the values that leave it as written in model.py; those above,
+# of the architecture at hand, are read instead.
 NEUTRAL = {
-    "model_type": ("llama",), "hidden_act": ("silu",), "attention_dropout": (0,), "sliding_window": (),
-    "partial_rotary_factor": (1,), "rope_interleaved": (False,), "quantization_config": (),
+    "model_type": tuple(ARCHITECTURES), "hidden_act": ("silu",), "attention_dropout": (0,), "sliding_window": (),
+    "use_sliding_window": (False,), "attention_bias": (False,), "mlp_bias": (False,), "use_mrope": (False,),
+    "mrope_section": (), "partial_rotary_factor": (1,), "rope_interleaved": (False,), "quantization_config": (),
     "num_local_experts": (0, 1), "attn_logit_softcapping": (), "final_logit_softcapping": (), "use_qk_norm": (False,),
     "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "no_rope_layers": ([],),
 }
@@ -103,13 +117,28 @@ def refuse_other_mathematics(values, neutral, where, plain):
         raise UserError(f"{where}: asks for what model.py does not compute: {'; '.join(wrong)}; use {plain}")
 
 
+def window_of(raw, path):
+    """Of a Qwen's keys, {"sliding_window", "layer_types"}: both None where no layer has a window."""
+    first, layers, kinds = raw.get("max_window_layers", 0), raw["num_hidden_layers"], raw.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    if len(kinds) != layers or any(each not in ("sliding_attention", "full_attention") for each in kinds):
+        raise UserError(f"{path}: layer_types is {shorten(kinds)}, not sliding_attention or full_attention for each of "
+                        f"the {layers} layers; mend it, or copy it again")
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") and "sliding_attention" in kinds else None
+    return {"sliding_window": window, "layer_types": kinds if window else None}
+
+
 def read_config(path):
     """The Config in a config.json; UserError names every key that is missing, wrong or asks for other mathematics."""
     if not Path(path).exists():
         raise UserError(f"{path}: not found; --model takes a folder with config.json, weights, tokenizer.json")
     none = ("bos_token_id", "eos_token_id")  # where null says that there is none; elsewhere it is as if absent
-    raw = {key: value for key, value in read_object(path).items() if value is not None or key in none}
-    refuse_other_mathematics(raw, NEUTRAL, path, "a plain Llama")
+    raw = read_object(path)
+    family = str(raw.get("model_type") or "llama")
+    own = ARCHITECTURES.get(family, {})
+    raw = {key: value for key, value in (own | raw).items() if value is not None or key in none}
+    refuse_other_mathematics(raw, {key: NEUTRAL[key] for key in NEUTRAL if key not in own}, path, PLAIN)
     rope = raw.get("rope_parameters")  # of transformers 5, theta and scaling in one object
     if isinstance(rope, dict) and rope.get("rope_theta") is not None:
         raw["rope_theta"] = rope["rope_theta"]
@@ -117,14 +146,16 @@ def read_config(path):
     scaling = {key: value for key, value in (raw.get("rope_scaling") or rope or {}).items() if value is not None}
     types = {"rope_type": list(ROPE), "type": list(ROPE)}
     for place in (rope or {}, scaling):
-        refuse_other_mathematics(place, NEUTRAL | types, path, "a plain Llama")
+        refuse_other_mathematics(place, NEUTRAL | types, path, PLAIN)
     if "factor" in scaling and not {"rope_type", "type"} & scaling.keys():
         raise UserError(f'{path}: rope_scaling has a factor but no type; add "rope_type": "linear" or "llama3"')
     scaled, numbers = rope_type(scaling), ROPE[rope_type(scaling)]
     check(scaling, numbers, numbers, f"{path}: rope_scaling")
     values = {"rms_norm_eps": 1e-6} | {key: raw[key] for key in vars(Config()) if key in raw}
     values["rope_scaling"] = {"rope_type": scaled} | {key: scaling[key] for key in numbers} if numbers else None
-    if "LlamaForSequenceClassification" in raw.get("architectures", ()):
+    if "use_sliding_window" in own:
+        values |= window_of(raw, path)
+    if f"{family.capitalize()}ForSequenceClassification" in raw.get("architectures", ()):
         values["num_labels"] = raw.get("num_labels") or len(raw.get("id2label") or (0, 1))
     try:
         config = Config(**values)
@@ -145,7 +176,7 @@ def checkpoint_files(folder):
     """The weight files of a folder: [path, ...], the safetensors ones where both kinds exist."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face Llama folder or one that train.py wrote")
+        raise UserError(f"{folder}: no such folder; give a folder of Hugging Face's, or one that train.py wrote")
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
@@ -249,11 +280,15 @@ def save_weights(llama, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach().contiguous() for name, parameter in llama.named_parameters()}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    name, own = llama.config.model_type.capitalize(), ARCHITECTURES[llama.config.model_type]
+    config = {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu",
               "torch_dtype": str(llama.model.embed_tokens.weight.dtype).removeprefix("torch."),
-              **dataclasses.asdict(llama.config)}
+              **dataclasses.asdict(llama.config), "use_sliding_window": llama.config.sliding_window is not None}
+    for key in {"attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types"} - own.keys():
+        del config[key]
     if labels := config.pop("num_labels"):  # transformers reads the score at the last token that is not padding
-        config.update(architectures=["LlamaForSequenceClassification"], pad_token_id=llama.config.bos_token_id,
+        padding = None if llama.config.bos_token_id in llama.config.stop_ids else llama.config.bos_token_id
+        config.update(architectures=[f"{name}ForSequenceClassification"], pad_token_id=padding,
                       id2label={str(i): f"LABEL_{i}" for i in range(labels)},
                       label2id={f"LABEL_{i}": i for i in range(labels)})
     write_tensors(folder / "model.safetensors", weights)
@@ -429,7 +464,7 @@ def load_adapters(llama, folders):
     for path in (Path(folder) / CONTEXT for folder in folders):
         if path.exists():
             context, key = read_object(path), "max_position_embeddings"
-            check(context, {key: CONFIG[key]}, [key], path)
+            check(context, {key: (int, 1, llama.config.sliding_window or 2**31)}, [key], path)
             llama.config.max_position_embeddings = max(llama.config.max_position_embeddings, context[key])
     return put_side_by_side(llama, [read_adapter(folder) for folder in folders])
 

@@ -257,8 +257,8 @@ def run_implicit(policy, reference, beta, name, files, out, device):
         raise UserError(f"{files[0]}: answers are rated on {name} already; give the new score another --name")
     asked = [{"prompt": prompt, "completion": response["text"], "context": [0, len(prompt)]}
              for prompt, response in responses]
-    logprobs, context = [], None
-    for llama, tokenizer in load_alike([policy, reference], TOKENS, device=device_named(device)):
+    logprobs, context, same = [], None, (*TOKENS, "sliding_window")
+    for llama, tokenizer in load_alike([policy, reference], same, device=device_named(device)):
         context = context or llama.config.max_position_embeddings  # the policy's: of the same text, both
         logprobs.append(response_logprobs(llama, tokenizer, asked, context))
     fitting = 0

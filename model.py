@@ -1,4 +1,4 @@
-"""A Llama: the network's mathematics, and nothing else.
+"""A Llama, or one of its kin: the network's mathematics, and nothing else.
 
 Read it in this order. `Config` names the numbers of a model as Hugging Face does. `Llama` is the network: tokens in,
 hidden states out; its `lm_head` turns these into words. How queries meet keys is not the network's business: it is
@@ -24,7 +24,9 @@ from common import UserError, first_line
 
 @dataclasses.dataclass
 class Config:
-    """The numbers of a Llama, under the names of Hugging Face's config.json."""
+    """The numbers of a model, under the names of Hugging Face's config.json. A sliding window of W tokens hides from a
+    token what is W or more before it, which is not computed here: max_position_embeddings is W at most."""
+    model_type: str = "llama"               # or "qwen2": biases on q, k, v; "qwen3": norms of q, k; "mistral": neither
     vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int = 1376
@@ -41,6 +43,8 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
+    sliding_window: int | None = None
+    layer_types: list | None = None         # "sliding_attention" or "full_attention"; None: the window is in all layers
     num_labels: int = 0                     # 0: a language model; else so many scalar heads (a preference model: 1)
 
     def __post_init__(self):
@@ -56,6 +60,8 @@ class Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.sliding_window:
+            self.max_position_embeddings = min(self.max_position_embeddings, self.sliding_window)
         scaling = self.rope_scaling or {}
         if rope_type(scaling) == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
             raise UserError(f"rope_scaling: low_freq_factor {scaling['low_freq_factor']} is not below high_freq_factor "
@@ -122,10 +128,14 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        biases = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=biases)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=biases)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        norms = config.model_type == "qwen3"  # of each head's query and key
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
 
     @torch.no_grad()
     def mimic(self):
@@ -140,10 +150,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend, layer):
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin)          # (B, T, H, E)
-        k = rotate(self.k_proj(x).view(heads), cos, sin)          # (B, T, G, E)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)                # (B, T, H, E)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)                # (B, T, G, E)
         v = self.v_proj(x).view(heads)
-        return self.o_proj(attend(layer, q, k, v).flatten(2))     # (B, T, D)
+        return self.o_proj(attend(layer, q, k, v).flatten(2))                        # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -172,7 +182,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Parameters carry Hugging Face's names, so a checkpoint needs no translation."""
+    """A Llama, and by config.model_type a Qwen2, Qwen3 or Mistral, which are Llamas but for what Attention says.
+    Parameters carry Hugging Face's names, so a checkpoint needs no translation."""
 
     def __init__(self, config, seed=0):
         """A model from scratch, its weights drawn from `seed`."""

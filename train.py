@@ -7,7 +7,8 @@ examples:
   python train.py ipo      --model policy --data rated.jsonl --weights helpful=0.7,honest=0.3 --out better
   python train.py aligner  --model base --data pairs.jsonl --out aligner
 
-FOLDER is a Hugging Face Llama folder; for pretrain, one with config.json and tokenizer.json alone starts from scratch.
+FOLDER is a Hugging Face folder of a Llama, Qwen2, Qwen3 or Mistral; for pretrain, one with config.json and
+tokenizer.json alone starts from scratch.
 pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better one after another,
 the three steps of MetaAligner. Every run writes OUT/metrics.jsonl, a row per step, and OUT/run.json, what was asked for
 and what came of it; after a kill, --resume goes on. A folder with another run is refused; --overwrite replaces that.
@@ -119,8 +120,8 @@ class Batch:
 
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
     """Tokenise rows into a Stage. Whole prompts are held out, so that no held-out prompt is trained on in another
-    pair. Says how many examples did not fit; UserError when none is left. Training on examples longer than the model's
-    context lengthens the context: config is told."""
+    pair. Says how many examples did not fit; UserError when none is left. Examples longer than the model's context
+    lengthen the context, and config is told; UserError where they are longer than its sliding window."""
     def encode(rows):
         stop = config.stop_ids[0] if config.stop_ids else None
         return data.encode_examples(tokenizer, rows, config.bos_token_id, stop, options.max_tokens)
@@ -133,11 +134,14 @@ def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0)
     if not examples:
         raise UserError(f"{name}: no example to train on ({len(rows)} rows read); check --data, --max-tokens, "
                         "--val-share")
-    longest = max(len(document.ids) for example in examples for document in example.documents)
+    texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
+    longest = max(len(document.ids) for example in (*examples, *validation, *texts) for document in example.documents)
+    if config.sliding_window and longest > config.sliding_window:
+        raise UserError(f"{name}: an example has {longest} tokens, more than the model's sliding_window, beyond which "
+                        f"its attention is not computed here; give --max-tokens {config.sliding_window}")
     if longest > config.max_position_embeddings:
         print(f"{name}: the model's context grows from {config.max_position_embeddings} tokens to {longest}")
         config.max_position_embeddings = longest
-    texts = encode([{"prompt": "", "completion": text} for text in replay])[0]
     return Stage(name, examples, validation, texts, replay_share, METHODS[name])
 
 

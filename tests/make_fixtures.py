@@ -1,4 +1,4 @@
-"""Writes tests/fixtures: what Hugging Face's transformers computes with small Llamas, for test_model.py.
+"""Writes tests/fixtures: what Hugging Face's transformers computes with small models, for test_model.py.
 
     python -m pip install torch transformers safetensors tokenizers
     python tests/make_fixtures.py
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STORIES = Path(__file__).parents[2] / "shared" / "checkpoints" / "stories260K"
@@ -43,6 +43,17 @@ CASES = {
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 100.0, "num_attention_heads": 4, "num_key_value_heads": 2,
                "head_dim": 8, "tie_word_embeddings": True, "eos_token_id": [2, 3]},
 }
+KIN = {  # a window that is off, a head_dim of its own, a window of fewer tokens than there are, one in one layer of two
+    "qwen2": {"num_attention_heads": 4, "rope_theta": 1000.0, "tie_word_embeddings": True, "use_sliding_window": False,
+              "sliding_window": 32, "max_window_layers": 1, "use_mrope": False},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 12, "rms_norm_eps": 1e-2, "attention_bias": False,
+              "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2},
+    "mistral": {"num_attention_heads": 4, "head_dim": 8, "sliding_window": 40},
+    "qwen2_window": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+}
+CASES |= {case: {"model_type": case.split("_")[0], "architectures": [f"{case.split('_')[0].capitalize()}ForCausalLM"],
+                 **changes} for case, changes in KIN.items()}
+LLAMAS_OWN = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
 def randomise(llama, generator):
@@ -54,7 +65,7 @@ def randomise(llama, generator):
 
 def case(name, v4, seed):
     generator = torch.Generator().manual_seed(seed)
-    llama = LlamaForCausalLM(LlamaConfig(**v4)).float().eval()
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**v4)).float().eval()
     randomise(llama, generator)
     tokens = torch.randint(3, v4["vocab_size"], (STEPS,), generator=generator)
     with torch.no_grad():
@@ -77,7 +88,9 @@ def stories():
 
 def main():
     FIXTURES.mkdir(exist_ok=True)
-    configs = {name: case(name, BASE | changes, seed) for seed, (name, changes) in enumerate(CASES.items())}
+    plain = {key: value for key, value in BASE.items() if key not in LLAMAS_OWN}
+    configs = {name: case(name, (plain if name in KIN else BASE) | changes, seed)
+               for seed, (name, changes) in enumerate(CASES.items())}
     (FIXTURES / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     if STORIES.is_dir():
         stories()

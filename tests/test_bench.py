@@ -449,7 +449,8 @@ def test_the_aligner_is_timed_as_it_is_and_widened(tmp_path, aligner):
 
 
 def test_what_cannot_be_widened_is_told(tmp_path):
-    for odd in (dict(hidden_size=1024), dict(num_attention_heads=2, head_dim=48), dict(attention_bias=True)):
+    for odd in (dict(hidden_size=1024), dict(num_attention_heads=2, head_dim=48), dict(attention_bias=True),
+                dict(model_type="qwen3")):
         checkpoint.save(Llama(Config(**{**SIZE, **odd})), tmp_path / "odd")
         with pytest.raises(bench.UserError, match="cannot be widened"):
             bench.aligners(tmp_path, tmp_path / "odd")

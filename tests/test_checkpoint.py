@@ -266,7 +266,7 @@ def test_what_an_absent_key_means(tmp_path):
 
 @pytest.mark.parametrize("changes, said", [
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ({"model_type": "mistral", "sliding_window": 4096}, "model_type = 'mistral'; sliding_window = 4096"),
+    ({"model_type": "mixtral", "sliding_window": 4096}, "model_type = 'mixtral'; sliding_window = 4096"),
     ({"quantization_config": {"bits": 4}}, "quantization_config = an object"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type = 'dynamic'"),

@@ -320,8 +320,8 @@ def test_cuda_writes_what_a_cpu_writes():
     assert list(stream(llama, [], 5, 32)) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
-                         ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+                                     {"model_type": "qwen2"}, {"model_type": "qwen3"}], ids=str)
 def test_weights_laid_out_for_a_cpu_write_the_same(changes):
     if not model.computes_bf16("cpu"):
         pytest.skip("this CPU does not multiply bf16")

@@ -55,10 +55,11 @@ def weights_of(llama):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(tmp_path, case, form):
     tokens, golden = fixture_folder(tmp_path, case, form)
+    llama = checkpoint.load(tmp_path)
     with torch.no_grad():
-        found = logits(checkpoint.load(tmp_path), tokens[None])[0]
+        found = logits(llama, tokens[None])[0]
     assert found.dtype == torch.float32
-    assert (found - golden).abs().max() < 1e-4
+    assert (found - golden)[:llama.config.max_position_embeddings].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("case, key, value", [
@@ -205,7 +206,8 @@ def test_checkpointed_activations_give_the_same_gradient():
     assert all(torch.allclose(found[name], expected[name], rtol=1e-5) for name in expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 6}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 6}, {"model_type": "qwen2"},
+                                     {"model_type": "qwen3"}], ids=str)
 def test_bfloat16_autocast_stays_near_fp32(changes):
     llama = tiny(**changes)
     expected = gradients(llama)
