@@ -1,6 +1,6 @@
 # nanoalign. `make help` lists what there is; `make train` is the place to start.
 PYTHON ?= python3
-OUT    ?= runs/story
+OUT    ?= $(if $(QUICK),runs/quick,runs/story)
 SEED   ?= 0
 # For real things: a Llama folder, preference files, objectives; see the README's recipe.
 MODEL      ?=
@@ -9,13 +9,14 @@ OBJECTIVES ?=
 POLICY     ?=
 # Not empty: begin again where the folder holds another run.
 OVERWRITE  ?=
-# More options for ablate.py and compare.py.
+# More options for the script that a target runs (`make train MODEL=`: for train.py), and for data.py reformulate.
 ARGS       ?=
+PAIRING    ?=
 # A Python that has transformers, datasets and trl, to be timed beside ours.
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif play ablate compare test quick campaign lint align eval bench clean clean-runs
+.PHONY: help setup train morlaif play ablate compare runs test quick campaign lint align eval bench clean clean-runs
 
 help:   ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -27,14 +28,16 @@ help:   ## this list
 
 setup: .venv/.installed  ## make .venv and install requirements.txt into it
 
-train: setup  ## the whole story on the embedded world; with MODEL= and DATA=, an aligner on real data
+train: setup  ## the whole story on the embedded world, QUICK=1: everything once, in a minute; or an aligner on real data:
+train: ## MODEL= DATA=, with options for train.py and for the pairs: ARGS="--lr 1e-4" PAIRING="--dominance"
 ifeq ($(MODEL),)
-	$(PY) story.py --out $(OUT) --seed $(SEED)
+	$(PY) story.py --out $(OUT) --seed $(SEED) $(if $(QUICK),--quick) $(ARGS)
 else
+	$(if $(QUICK),$(error QUICK=1 is the story's, on the embedded world; leave it or MODEL= out))
 	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED) \
-	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES))
+	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES)) $(PAIRING)
 	$(PY) train.py aligner --model $(MODEL) --data $(OUT)/pairs.jsonl --out $(OUT)/aligner --seed $(SEED) \
-	    $(if $(OVERWRITE),--overwrite,--resume)
+	    $(if $(OVERWRITE),--overwrite,--resume) $(ARGS)
 endif
 
 morlaif: setup  ## MORLAIF on the embedded world, with its paper's figures; QUICK=1: one seed, fewer scalarizations
@@ -51,10 +54,13 @@ compare: setup  ## the rivals of both papers, measured: 75 minutes, goes on afte
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
 	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \
-	    --objectives $(or $(OBJECTIVES),harmless helpful) $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED)
+	    --objectives $(or $(OBJECTIVES),harmless helpful) $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED) $(ARGS)
 
 eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --judge-model NAME" on real data
-	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE)
+	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE) $(ARGS)
+
+runs: setup  ## runs side by side: options, losses, figures; RUNS="runs/a runs/b" (or python runs.py --help)
+	$(PY) runs.py $(or $(RUNS),$(OUT)) $(ARGS)
 
 bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
 	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))

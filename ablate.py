@@ -22,8 +22,6 @@ from pathlib import Path
 
 from common import announce, cli, code_of, make_parser, number, write_jsonl
 
-import numpy
-
 import data
 import files
 import measure
@@ -32,7 +30,7 @@ import toy
 import wordings
 from align import Writer
 from model import device_named
-from report import bar_chart, html_table, write_page
+from report import bar_chart, html_table, over_seeds, write_page
 from resume import kept, whole_run
 
 
@@ -198,16 +196,6 @@ def run_variant(out, figure, name, seed, scale, count, device):
 
 def plain(text):
     return "-".join("".join(c if c.isalnum() or c in ". " else " " for c in text).split())
-
-
-def over_seeds(values):
-    """(mean, half the width of its 95 % interval by Student's t, None of a single value) of one figure's values."""
-    student = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    mean = float(numpy.mean(values))
-    if len(values) == 1:
-        return mean, None
-    quantile = student.get(len(values), 1.96 + 2.7 / (len(values) - 1))
-    return mean, quantile * float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def gathered(rows):

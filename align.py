@@ -47,6 +47,7 @@ class Sampling:
     temperature: float = option(0.0, "0 takes the likeliest token", 0, 1e9)
     top_k: int = option(0, "draw among so many of the likeliest tokens; 0: among all", 0, 10**9)
     top_p: float = option(1.0, "draw among the likeliest tokens that together have this probability", 1e-9, 1)
+    min_p: float = option(0.0, "leave out tokens with less than this share of the likeliest one's probability", 0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------

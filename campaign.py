@@ -43,7 +43,6 @@ import checkpoint
 import data
 import endpoint
 import formats
-import ppo
 import reward
 import train
 from trials import (World, command, complaint, difference, disks, ended_at, files_in, forked, kills, limit_memory,
@@ -109,7 +108,7 @@ READERS = {  # name: (what reads a file, the keys that its rows must have)
     "aligned": (formats.read_aligned, "prompt original aligned objectives"),
     "objectives": (lambda path: map(vars, data.find_objectives([str(path)])), "name description"),
     "template": (lambda path: [data.read_template(path)], "better equal"),
-    "weights": (lambda path: [{"scores": dict(enumerate(ppo.read_weights([str(path)], ["a", "b"])))}], "scores"),
+    "weights": (lambda path: [{"scores": dict(enumerate(reward.read_weights([str(path)], ["a", "b"])))}], "scores"),
 }
 FORMATS = {  # name: (its readers, a record of a question Q and answers A and B)
     "rated": ("rated preferences completions", """{"prompt": "Q", "golden": "B", "responses": [

@@ -29,10 +29,10 @@ import files
 import measure
 import rivals
 import toy
-from ablate import over_seeds, plain
+from ablate import plain
 from eval import mean_and_interval
 from model import device_named
-from report import escape, html_table, write_page
+from report import colour_of, escape, html_table, over_seeds, text_table, write_page
 from resume import kept, whole_run
 from rivals import BRIEF, OBJECTIVES, RIVALS, UNSEEN, Entry, World
 
@@ -183,12 +183,6 @@ FREE_WEIGHTS = ("best-of-n", "ric", "ric, online", "soup", "mod")
 ON_OR_OFF = ("metaaligner", "cpo", "conditioned")  # told names or ratings: an objective has a weight or has none
 
 
-def text_table(head, rows):
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in
-                               enumerate(zip(row, widths))) for row in [head, *rows])
-
-
 def told(values, decimals):
     """A figure over seeds, with its 95 % interval where there are several."""
     values = [value for value in values if value is not None]
@@ -234,9 +228,6 @@ def front_table(results):
     return ["", "hypervolume"], sorted(rows, key=lambda row: -float(row[1].split()[0]))
 
 
-COLOURS = "#1a6 #c33 #36c #a3a #c80 #088 #555 #e5a #7a0 #840".split()
-
-
 def front_chart(points):
     """An SVG of {name: [(x, y), ...]}: gain on helpful to the right, on brevity upwards."""
     everything = [point for line in points.values() for point in line] + [(0.0, 0.0)]
@@ -253,7 +244,7 @@ def front_chart(points):
               '<text x="300" y="390" text-anchor="middle">gain on helpful, in deviations</text>',
               '<text x="20" y="195" transform="rotate(-90 20 195)" text-anchor="middle">gain on brevity</text>']
     for number_, (name, line) in enumerate(points.items()):
-        colour, spots = COLOURS[number_ % len(COLOURS)], [place(point) for point in line]
+        colour, spots = colour_of(number_), [place(point) for point in line]
         path = " ".join(f"{x:.0f},{y:.0f}" for x, y in spots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3.5" fill="{colour}"/>' for x, y in spots]

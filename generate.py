@@ -292,11 +292,13 @@ class Lookup:
 # Sampling
 
 
-def filtered_probs(logits, temperature, top_k=0, top_p=1.0):
+def filtered_probs(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """Probabilities (N, V) after temperature, then of the top_k likeliest tokens (0: of all), then of the smallest set
-    of likeliest ones whose mass reaches top_p (nucleus sampling: Holtzman et al., arXiv 1904.09751), renormalised."""
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"generate: top_k {top_k} must be at least 0, top_p {top_p} above 0 and at most 1")
+    of likeliest ones whose mass reaches top_p (nucleus sampling: Holtzman et al., arXiv 1904.09751), then of those that
+    have at least min_p times the likeliest one's (Nguyen et al., arXiv 2407.01082), renormalised."""
+    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise UserError(f"generate: top_k {top_k} must be at least 0, top_p {top_p} above 0 and at most 1, min_p "
+                        f"{min_p} from 0 to 1")
     probs = (logits.float() / temperature).softmax(-1)
     if 0 < top_k < probs.size(-1):
         kth = probs.topk(top_k, dim=-1).values[:, -1:]
@@ -306,6 +308,9 @@ def filtered_probs(logits, temperature, top_k=0, top_p=1.0):
         ordered, index = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered                                        # mass of the likelier ones
         probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        probs = probs / probs.sum(-1, keepdim=True)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 

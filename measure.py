@@ -10,9 +10,13 @@ MetaAligner's paper measures objectives that are named in the prompt. The figure
     beyond     sentences taken out or put in beyond those of the smallest edit that does what was asked
     garbled    edits with a new sentence that this world does not know, or about a word that nobody has named
 
+Nothing that is asked for "in pretraining only" is in a pair: of these wordings, and this verb, the foundation has read
+in texts that correct no answer.
+
 An item is {"policy", "kind", "prompt", "original", "names", "objectives"}; edited, it has "aligned". A kind is one line
 of the table: what was asked, and in which words.
 """
+import itertools
 import random
 import re
 
@@ -23,19 +27,19 @@ from report import html_table
 
 KINDS = {  # kind -> (wordings of which its wishes are, what is held out of which)
     "all nine": "pairs",
-    "all nine, held-out wordings": "held out",
+    "all nine, in pretraining only": "held out",
     "one of the nine": "pairs",
-    "one of the nine, held-out wordings": "held out",
+    "one of the nine, in pretraining only": "held out",
     "mention a trained word": "pairs",
-    "mention a trained word, held-out wordings": "held out",
+    "mention a trained word, in pretraining only": "held out",
     "mention a word never read": "pairs",
     "avoid a trained word": "pairs",
-    "avoid a trained word, held-out wordings": "held out",
+    "avoid a trained word, in pretraining only": "held out",
     "avoid a word never read": "pairs",
     "other verbs": "pairs",
-    "other verbs, held-out wordings": "held out",
-    "held-out verb": "all",
-    "held-out combinations": "all",
+    "other verbs, in pretraining only": "held out",
+    "a verb in pretraining only": "all",
+    "combinations never read": "all",
 }
 OTHER_VERBS = [verb for verb in wordings.TRAINED_VERBS if verb not in ("mention", "avoid")]
 PLAIN = {word.lower() for text in toy.DIGRESSIONS for word in re.findall(r"[\w'-]+", text)}
@@ -67,15 +71,15 @@ def asked_of(rng, place, answer, named):
     asked = {"all nine": rng.sample(list(toy.NAMED), len(toy.NAMED)), "one of the nine": one,
              "mention a trained word": [f"mention_{trained}"], "mention a word never read": [f"mention_{never}"],
              "other verbs": [wish(verb, answer, trained, second)],
-             "held-out verb": [f"{rng.choice(wordings.HELD_OUT_VERBS)}_{trained}"]}
+             "a verb in pretraining only": [f"{rng.choice(wordings.HELD_OUT_VERBS)}_{trained}"]}
     if named:
         kind = "avoid a word never read" if named[0] in wordings.HELD_OUT_WORDS else "avoid a trained word"
         asked[kind] = [f"avoid_{named[0]}"]
     joined = rng.choice(list(wordings.COMBINATIONS))
     other = named[0] if joined == "butnot" and named and named[0] != trained else second
-    asked["held-out combinations"] = [f"{joined}_{trained}_{other}"]
-    return asked | {f"{kind}, held-out wordings": names for kind, names in asked.items()
-                    if f"{kind}, held-out wordings" in KINDS}
+    asked["combinations never read"] = [f"{joined}_{trained}_{other}"]
+    return asked | {f"{kind}, in pretraining only": names for kind, names in asked.items()
+                    if f"{kind}, in pretraining only" in KINDS}
 
 
 def wish(verb, answer, *words):
@@ -180,7 +184,8 @@ def figures(items, seed=0):
 def over_policies(tables):
     """The means of tables {policy: table of `figures`}, each policy counting alike."""
     mean = {}
-    for kind in dict.fromkeys(kind for table in tables.values() for kind in table):
+    kinds = dict.fromkeys(kind for table in tables.values() for kind in table)
+    for kind in sorted(kinds, key=lambda kind: kind == "all"):
         mean[kind] = {}
         for figure in FIGURES:
             cells = [table[kind][figure] for table in tables.values() if figure in table.get(kind, {})]
@@ -193,10 +198,11 @@ def over_policies(tables):
 SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean)
     "net, trained wordings": ("net", ("all nine", "one of the nine", "mention a trained word", "avoid a trained word",
                                       "other verbs")),
-    "net, held-out wordings": ("net", tuple(kind for kind in KINDS if kind.endswith("held-out wordings"))),
+    "net, wordings in pretraining only": ("net", tuple(kind for kind in KINDS if kind.endswith("pretraining only")
+                                                       and kind != "a verb in pretraining only")),
     "net, words never read": ("net", ("mention a word never read", "avoid a word never read")),
-    "net, held-out combinations": ("net", ("held-out combinations",)),
-    "net, held-out verb": ("net", ("held-out verb",)),
+    "net, combinations never read": ("net", ("combinations never read",)),
+    "net, a verb in pretraining only": ("net", ("a verb in pretraining only",)),
 } | {figure: (figure, ("all",)) for figure in FIGURES[1:]}
 
 
@@ -213,8 +219,9 @@ def summary(table):
 LEGEND = """
 net: wins - losses on what was asked, where it could be better; worse, moved: unnamed objectives made worse, and
 changed either way; unchanged: answers left as they are where nothing asked could improve; kept: sentences of the
-answer that stand in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done);
-garbled: edits with a sentence that makes no sense. All in %, but for beyond"""
+answer that survive in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done);
+garbled: edits with a sentence that makes no sense. All in %, but for beyond. In pretraining only: in wordings, or
+by a verb, of which the foundation has read, while no pair asks so"""
 
 
 def as_text(value, figure):
@@ -223,8 +230,8 @@ def as_text(value, figure):
 
 def table_text(table):
     """The table of `figures` for a terminal."""
-    lines = [f"{'asked for':<38}" + "".join(f"{figure:>10}" for figure in FIGURES)]
-    lines += [f"{kind:<38}" + "".join(f"{as_text(table[kind].get(figure), figure):>10}" for figure in FIGURES)
+    lines = [f"{'asked for':<44}" + "".join(f"{figure:>10}" for figure in FIGURES)]
+    lines += [f"{kind:<44}" + "".join(f"{as_text(table[kind].get(figure), figure):>10}" for figure in FIGURES)
               for kind in table]
     return "\n".join(lines)
 
@@ -236,3 +243,56 @@ def html(table):
         return as_text(value, figure) + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
     return html_table(["asked for", *FIGURES], [(kind, *(cell(figure, found.get(figure)) for figure in FIGURES))
                                                 for kind, found in table.items()])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Would something simpler do?
+
+DOUBTED = ("all nine", "one of the nine")  # the kinds of requests for which there are baselines
+DOUBTS = ("Beside the edits: doing nothing; a foundation that is told question and objectives, but never saw the "
+          "answer; and edits towards another of the nine than they are judged on. Win rate: against golden answers; "
+          "survive: the policy's sentences that stand in the text. All in %, over all policies.")
+DOUBT_FIGURES = {"win rate": "win", "net": "net", "survive": "kept", "unnamed worse": "worse", "garbled": "garbled"}
+
+
+def asked_for_another(items, seed):
+    """Yield items that ask for one objective as items that ask for another of the nine, but are judged on the first."""
+    rng = random.Random(f"another {seed}")
+    for item in items:
+        if len(item["names"]) == 1:
+            name = rng.choice([name for name in toy.NAMED if name not in item["names"]])
+            yield {**item, "names": [name], "objectives": [wordings.worded(rng, name, "pairs")],
+                   "judged": item["names"]}
+
+
+def doubts(others, seed=0):
+    """{"kind: who": {figure: {"mean", "interval", "n"}}} of {who: items}, in points."""
+    found = {}
+    for kind, who in itertools.product(DOUBTED, others):
+        items = [item for item in others[who] if item["kind"] == kind]
+        if items:
+            table = figures(items, seed)[kind]
+            wins, prompts = [wins_over_golden(item, seed) for item in items], [item["prompt"] for item in items]
+            mean, interval = mean_and_interval(wins, prompts, seed)
+            table["win"] = {"mean": mean, "interval": interval, "n": len(items)}
+            found[f"{kind}: {who}"] = {name: table[name] for name in DOUBT_FIGURES.values() if name in table}
+    return found
+
+
+def wins_over_golden(item, seed):
+    """The share of what an item is judged on, on which its text beats a golden answer to the prompt; ties are half."""
+    prompt, golden = item["prompt"], toy.golden(item["prompt"], random.Random(f"golden {item['prompt']} {seed}"))
+    names = item.get("judged", item["names"])
+    scores = [(toy.score(name, prompt, item["aligned"]), toy.score(name, prompt, golden)) for name in names]
+    return sum((ours > theirs) + 0.5 * (ours == theirs) for ours, theirs in scores) / len(scores)
+
+
+def doubts_table(found):
+    """(head, rows) of `doubts` as texts."""
+    def cell(value):
+        if not value or value["mean"] is None:
+            return "-"
+        interval = value["interval"]
+        return f"{value['mean']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    return ["", *DOUBT_FIGURES], [[who, *(cell(table.get(name)) for name in DOUBT_FIGURES.values())]
+                                  for who, table in found.items()]

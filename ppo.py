@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import files
 import formats
 import losses
 import reward
@@ -80,6 +79,8 @@ class Options:
     micro_tokens: int = option(16384, "tokens per forward pass; lower it when memory runs out", 1, 10**9, free=True)
     precision: str = option("auto", "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it",
                             choices=["auto", "bf16", "fp32"])
+    log: str = option("", "where every row of metrics goes too; a resumed run's rows go there again",
+                      choices=["wandb", "tensorboard"], free=True)
     seed: int = option(0, "of prompts, sampling and minibatches", 0, 2**60)
     save_seconds: float = option(300.0, "seconds between saved states", 0, 1e9, free=True)
 
@@ -125,35 +126,6 @@ class Together:
         return torch.cat([part.score(prompts, responses) for part in self.parts])[self.order]
 
 
-def read_weights(words, names, fingerprint=None):
-    """Weights [K] from the command line: numbers, a JSON file {name: weight}, or nothing, which is 1 each. fingerprint:
-    the rewards', which are to be the models that the file's weights were fitted to, where it says so."""
-    if not words:
-        return [1.0] * len(names)
-    where = f"--weights {words[0]}" if words[0].endswith(".json") else "--weights"
-    if len(words) == 1 and words[0].endswith(".json"):
-        content = files.read_json(words[0])
-        missing = [name for name in names if not isinstance(content, dict) or name not in content]
-        if missing:
-            raise UserError(f"{words[0]}: no weight for {', '.join(missing)}; give {{name: weight}} for every reward")
-        of = content.get("of")
-        if fingerprint and isinstance(of, dict):
-            others = [name for name in names if of.get(name) != fingerprint[name]]
-            if others:
-                raise UserError(f"{words[0]}: was fitted to other models of {', '.join(others)}; run `reward.py train` "
-                                "again, or leave \"of\" out of it")
-        words = [content[name] for name in names]
-    try:
-        weights = [float(word) for word in words]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {words} are not all numbers; give numbers, or one .json file") from error
-    if len(weights) != len(names):
-        raise UserError(f"{where}: {len(weights)} for {len(names)} rewards ({', '.join(names)}); give one for each")
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"{where}: {weights} are not all finite; mend them")
-    return weights
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -174,13 +146,13 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             about=None, progress=True):
     """Train policy, in place, to respond to prompts (texts) so that rewards score it higher; save it in the folder out.
 
-    rewards: has .names [K], .score(prompts, responses) -> (K, N), of which reward.scalarize makes (N,) with weights
-    [K], and .fingerprint, another for rewards that score otherwise. out gets metrics.jsonl, a row per iteration (given
-    back), state.pt, to resume from, and run.json, with what `about` adds. resume, overwrite: as of resume.Run."""
-    copies = copies_of(options, scalarization)
+    rewards: .names [K], .score(prompts, responses) -> (K, N), .fingerprint, another for rewards that score otherwise.
+    weights [K], scalarization: see reward.read_scalarization. out gets metrics.jsonl, a row per iteration (given back),
+    state.pt, to resume from, and run.json, with what `about` adds. resume, overwrite: as of resume.Run."""
+    copies, join = copies_of(options, scalarization), reward.read_scalarization(scalarization)
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
     run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
-              overwrite, {"options": vars(options), **(about or {})})
+              overwrite, {"options": vars(options), **(about or {})}, options.log)
     if run.finished:
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)
@@ -195,7 +167,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             chosen = train.draw(encoded, iteration, options.rollouts // copies, (options.seed, 0))
             rollouts = sample_rollouts(policy, tokenizer, chosen, iteration, options, copies)
             scores = score_rollouts(rewards, rollouts)                                       # (K, N)
-            scalarized = reward.scalarize(normalised(scores, course.mean, course.std), weights, scalarization)
+            scalarized = reward.scalarize(normalised(scores, course.mean, course.std), weights, join[0], **join[1])
             unfinished = torch.tensor([not rollout.finished for rollout in rollouts])        # (N,)
             # Each token is credited with what follows from it, or with how its response does beside others
             logprobs, ref_logprobs, values, mask = evaluate_rollouts(agent, reference, rollouts, options)  # (N, T) each
@@ -556,8 +528,8 @@ def arguments(argv=None):
     add("--data", required=True, nargs="+", metavar="FILE", help="prompts, in any form that data.py reads")
     add("--reward", required=True, nargs="+", metavar="R", help="folders of preference models, or toy:NAME")
     add("--weights", nargs="+", metavar="W", help="one per reward, or a JSON file {name: weight} (default: 1 each)")
-    add("--scalarization", choices=[*reward.SCALARIZATIONS], default="linear",
-        help="how several rewards become one (default linear)")
+    add("--scalarization", nargs="+", default=["linear"], metavar="S", help="how several rewards become one, and its "
+        f"options: {reward.SCALARIZATION_HELP} (default linear)")
     add("--out", required=True, metavar="FOLDER", help="where the policy and the metrics go")
     add("--resume", action="store_true", help="go on where a killed run with the same arguments stopped")
     add("--overwrite", action="store_true", help="begin again, whatever run the folder holds")
@@ -568,6 +540,8 @@ def arguments(argv=None):
     of_values = {"gamma", "gae_lambda", "vf_coef", "centre", "norm_adv", "scale_reward"}
     refuse_given(parser, args, {"group"} if options.advantages == "gae" else of_values,
                  f"has no use with --advantages {options.advantages}; leave it out")
+    args.scalarization = " ".join(args.scalarization)
+    reward.read_scalarization(args.scalarization)
     copies_of(options, args.scalarization)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite begins again; give one of them")
@@ -579,7 +553,7 @@ def main():
     options, device = read_options(Options, args), device_named(args.device)
     checkpoint.check_folder(args.out, [args.model, *(word for word in args.reward if not word.startswith("toy:"))])
     rewards = Together(args.reward, device)
-    weights = read_weights(args.weights, rewards.names, rewards.fingerprint)
+    weights = reward.read_weights(args.weights, rewards.names, rewards.fingerprint)
     policy = train.start_from(args.model, "ppo", device, options)
     tokenizer = checkpoint.load_tokenizer(args.model, policy)
     rows = formats.read_all(args.data, formats.read_rated, "chosen", None)

@@ -1,6 +1,7 @@
 """Reports: word diffs, tables, charts and self-contained pages of what `eval.evaluate` found."""
 import difflib
 import html
+import math
 import os
 import random
 import re
@@ -64,6 +65,7 @@ def ansi_diff(before, after):
 # ----------------------------------------------------------------------------------------------------------------
 # Figures as texts, and the table for a terminal
 
+APART = ("intact",)  # what is judged beside the objectives: nobody asks for it
 COLUMNS = ("n", "win rate", "gain [95% interval]", "net", "room: net", "words")
 WIDTHS = (5, 14, 23, 6, 12, 11)
 
@@ -71,7 +73,8 @@ LEGEND = """
 
 win rate: the policy's own -> the aligned answers, against the golden ones, wins + ties/2; gain: its change in
 points; net: wins - losses of the aligned against the policy's own; room: how many of the policy's own could
-be better, and the net among them; words: mean length"""
+be better, and the net among them; words: mean length; survive: sentences of the policy's own that stand in
+the aligned ones"""
 
 
 def signed(value, interval=None):
@@ -83,6 +86,23 @@ def signed(value, interval=None):
 def change(before, after, digits=1):
     """"41.2 -> 56.0", or "-" where it is not known."""
     return "-" if before is None or after is None else f"{before:.{digits}f} -> {after:.{digits}f}"
+
+
+def over_seeds(values):
+    """(mean, half the width of its 95 % interval by Student's t, None of a single value) of one figure's values."""
+    student = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    mean = float(numpy.mean(values))
+    if len(values) == 1:
+        return mean, None
+    quantile = student.get(len(values), 1.96 + 2.7 / (len(values) - 1))
+    return mean, quantile * float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def text_table(head, rows):
+    """A table of texts for a terminal, as wide as it needs; the first column stands to the left."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in
+                               enumerate(zip(row, widths))) for row in [head, *rows])
 
 
 def table_cells(figures):
@@ -105,6 +125,19 @@ def left_out(result):
     return f"{unparsed} comparisons without a readable verdict; {rows} rows left out for them"
 
 
+def objectives_and_others(result):
+    """({name: figures} of what was asked for, the same of what was judged beside it) of a result of `evaluate`."""
+    asked, others = {}, {}
+    for name, figures in result["objectives"].items():
+        (others if name in APART else asked)[name] = figures
+    return asked, others
+
+
+def survived(result):
+    """How much of the policy's answers is in the edits, as a text; "" where nobody counted."""
+    return f"{result['kept']['mean']:.0f} % of their sentences survive" if result.get("kept") else ""
+
+
 def table_text(results):
     """The table of {policy: result of `evaluate`}, at most 110 columns wide."""
     def line(head, cells):
@@ -113,8 +146,11 @@ def table_text(results):
 
     lines = [line("", COLUMNS)]
     for policy, result in results.items():
-        lines.append(f"\n{policy} ({result['rows']} answers)")
-        lines += [line("  " + name, table_cells(figures)) for name, figures in result["objectives"].items()]
+        asked, others = objectives_and_others(result)
+        about = ", ".join(filter(None, [f"{result['rows']} answers", survived(result)]))
+        lines.append(f"\n{policy} ({about})")
+        lines += [line("  " + name, table_cells(figures)) for name, figures in asked.items()]
+        lines += [line("  beside them: " + name, table_cells(figures)) for name, figures in others.items()]
         lines += [f"  {left_out(result)}"] if left_out(result) else []
     return "\n".join(lines) + LEGEND
 
@@ -138,6 +174,7 @@ svg { font-size: 13px } svg text { fill: var(--ink) } svg .soft { fill: var(--so
 .before { fill: var(--before) } .after { fill: var(--after) }
 .grid { stroke: var(--line) } .middle { stroke: var(--soft); stroke-dasharray: 3 3 }
 .whisker { stroke: var(--ink); stroke-width: 1.4 }
+.line { stroke-width: 1.8 } .faint { stroke-width: 1.2; opacity: 0.5 }
 """
 
 
@@ -172,9 +209,57 @@ def bar_chart(lines, low, high, unit):
     return "".join(parts) + "</svg>"
 
 
+COLOURS = "#1a6 #c33 #36c #a3a #c80 #088 #777 #e5a #7a0 #840".split()
+
+
+def colour_of(number):
+    return COLOURS[number % len(COLOURS)]
+
+
+def short(number):
+    """1234567 as "1.23M"."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def line_chart(lines, across, up):
+    """An SVG (str) of lines over axes with names. lines: (place of its colour, css class "faint" or "line", points
+    [(x, y), ...], interval [(x, low, high), ...]); x from 0. Where lines begin far above the rest, they are cut off."""
+    points = [point for _, _, points, _ in lines for point in points]
+    right = max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for x, y in points if x >= 0.08 * right)
+    right = right or 1
+    low, high = low - 0.05 * (high - low or 1), high + 0.15 * (high - low or 1)
+
+    def place(x, y):
+        return f"{60 + 700 * x / right:.1f},{290 - 270 * (min(max(y, low), high) - low) / (high - low):.1f}"
+    parts = [f'<svg viewBox="0 0 790 340" role="img" aria-label="{escape(f"{up} over {across}")}">']
+    for y in numpy.linspace(low, high, 5):
+        left, at = place(0, y).split(",")
+        parts.append(f'<line class="grid" x1="{left}" x2="760" y1="{at}" y2="{at}"/>'
+                     f'<text class="soft" text-anchor="end" x="52" y="{float(at) + 4:.1f}">{y:.3g}</text>')
+    for x in numpy.linspace(0, right, 5):
+        parts.append(f'<text class="soft" text-anchor="middle" x="{place(x, low).split(",")[0]}" y="308">'
+                     f"{short(x)}</text>")
+    parts.append(f'<text class="soft" text-anchor="middle" x="410" y="330">{escape(across)}</text>')
+    for number, kind, points, interval in lines:
+        if interval:
+            edge = [(x, most) for x, _, most in interval] + [(x, least) for x, least, _ in reversed(interval)]
+            parts.append(f'<polygon opacity="0.13" fill="{colour_of(number)}" '
+                         f'points="{" ".join(place(*point) for point in edge)}"/>')
+        spots = [place(*point) for point in points]
+        parts.append(f'<polyline class="{kind}" fill="none" stroke="{colour_of(number)}" points="{" ".join(spots)}"/>')
+        if kind == "line":
+            parts += [f'<circle r="2.6" fill="{colour_of(number)}" cx="{x}" cy="{y}"/>' for x, y in
+                      (spot.split(",") for spot in spots)]
+    return "".join(parts) + "</svg>"
+
+
 def policy_chart(result):
     """Win rate before and after per objective or, where no row has a golden answer, wins minus losses."""
-    known = {name: figures for name, figures in result["objectives"].items() if figures["n"]}
+    known = {name: figures for name, figures in objectives_and_others(result)[0].items() if figures["n"]}
     with_golden = {name: figures for name, figures in known.items() if figures["gain"] is not None}
     if not known:
         return "No comparison could be counted."
@@ -259,7 +344,7 @@ def html_table(head, rows):
 
 def overview(results):
     """A table of net per objective and policy: green up, red down, grey where the interval holds zero."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result["objectives"]))
+    names = list(dict.fromkeys(name for result in results.values() for name in objectives_and_others(result)[0]))
 
     def cell(figures):
         if not figures or figures["net"] is None:
@@ -283,11 +368,11 @@ def pick_examples(rows, result, count=6, seed=0):
 
 
 def example_card(row):
-    """One example: the prompt, the word diff, and the verdict per objective."""
+    """One example: the prompt, what was asked for, the word diff, and the verdict per objective."""
     marks = {" ": "{}", "-": "<del>{}</del>", "+": "<ins>{}</ins>"}
     pieces = word_diff(row["original"][:6000], row["aligned"][:6000])
     edit = "".join(marks[op].format(escape(text)) for op, text in pieces)
-    chips = []
+    chips, asked = [], "; ".join(o.description or o.name for o in row_objectives(row) if o.name not in APART)
     for objective in row_objectives(row):
         worth = row.get("verdicts", {}).get(objective.name, {}).get("aligned original")
         kind, word = {1: ("win", ": better"), 0: ("loss", ": worse"), 0.5: ("", ": tie")}.get(worth, ("", ""))
@@ -295,7 +380,7 @@ def example_card(row):
                      f"{escape(objective.name)}{word}</span>")
     prompt = re.sub(r"\n\s*\n", "\n", row["prompt"].strip().removesuffix("Assistant:").strip())[-3000:]
     return (f'<div class="card"><div class="text prompt">{escape(prompt)}</div>'
-            f'<div class="text">{edit}</div>{"".join(chips)}</div>')
+            f'<p class="small soft">asked for: {escape(asked)}</p><div class="text">{edit}</div>{"".join(chips)}</div>')
 
 
 def policy_section(policy, result, examples):
@@ -303,10 +388,12 @@ def policy_section(policy, result, examples):
     words = result["words"]
     golden = "" if words["golden"] is None else f", golden answers {words['golden']:.0f}"
     lengths = f"mean words {change(words['original'], words['aligned'], 0)}{golden}"
-    about = "; ".join(filter(None, [f"{result['rows']} answers", lengths, left_out(result)]))
-    rows = [(name, *table_cells(figures)) for name, figures in result["objectives"].items()]
+    about = "; ".join(filter(None, [f"{result['rows']} answers", survived(result), lengths, left_out(result)]))
+    asked, others = ([(name, *table_cells(figures)) for name, figures in found.items()]
+                     for found in objectives_and_others(result))
     parts = [f'<h2>{escape(policy)}</h2><p class="soft">{about}</p>',
-             f'<div class="card">{policy_chart(result)}</div>', html_table(["objective", *COLUMNS], rows)]
+             f'<div class="card">{policy_chart(result)}</div>', html_table(["objective", *COLUMNS], asked)]
+    parts += ["<h3>Judged beside them; nobody asked for it</h3>", html_table(["", *COLUMNS], others)] if others else []
     if examples:
         parts += ["<h3>Examples: what the aligner took out and put in</h3>", *map(example_card, examples)]
     return parts

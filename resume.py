@@ -125,11 +125,41 @@ def differences(there, asked):
 # Training runs
 
 
+def logger(name, out):
+    """What takes a row of metrics to --log's wandb or tensorboard too; None where name is "". UserError where it is not
+    installed."""
+    try:
+        if name == "wandb":
+            import wandb
+            send = wandb.init(dir=str(out), name=Path(out).name).log
+        elif name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(out))
+        else:
+            return None
+    except ImportError as error:
+        raise UserError(f"--log {name}: cannot be imported ({first_line(error)}); pip install {name}, or leave --log "
+                        "out") from error
+
+    def log(row):
+        flat = {**row, **{f"score/{key}": value for key, value in row.get("score", {}).items()}}
+        step, stage = row.get("step", row.get("iteration")), row.get("stage", "ppo")
+        numbers = {f"{stage}/{key}": value for key, value in flat.items() if isinstance(value, (int, float))}
+        if name == "wandb":
+            send(numbers)
+        else:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+    return log
+
+
 class Run:
     """A training run in the folder `out`.
 
     settings: {name: value}, all that decides what comes out, of values that JSON can hold; script: the name of the
-    script whose code does so too. about: what else run.json is to tell. A folder that holds a run already:
+    script whose code does so too. about: what else run.json is to tell. log: as of `logger`. A folder that holds a run
+    already:
 
                                        same settings                      other settings, or finished by other code
         neither                        finished: that is it; else an      an error, which names them
@@ -141,7 +171,8 @@ class Run:
     `state` is what `save` last kept, or None where the run begins at the beginning. `finished`: there is nothing left
     to do."""
 
-    def __init__(self, out, settings, script="train", resume=False, overwrite=False, about=None):
+    def __init__(self, out, settings, script="train", resume=False, overwrite=False, about=None,
+                 log=""):
         self.out, self.settings, self.code = Path(out), json.loads(json.dumps(settings)), code_of(script)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path, self.state = self.out / "state.pt", None
@@ -155,6 +186,7 @@ class Run:
         if self.finished:
             self.forget_state()  # of a run that was killed as it ended
             return
+        self.log = logger(log, self.out)
         self.about = {**circumstances(), **(about or {}), "settings": self.settings, "code": self.code, "ended": None}
         if what == "go on":
             self.state, there = self.read(), read_run(self.out)
@@ -240,6 +272,8 @@ class Run:
         """Add a row to the metrics, at once."""
         self.metrics.write((json.dumps(row) + "\n").encode())
         self.metrics.flush()
+        if self.log:
+            self.log(row)
 
     def save(self, **parts):
         """Keep what a resumed run finds in `state`."""
@@ -258,7 +292,7 @@ class Run:
         of metrics."""
         rows, last = read_metrics(self.out), {}
         for row in rows:
-            last.update(row)  # each figure's last value
+            last.update({name: value for name, value in row.items() if name != "samples"})  # each figure's last value
         write_run(self.out, {**self.about, "ended": now(), "last": last})
         self.forget_state()
         self.metrics.close()

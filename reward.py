@@ -122,6 +122,35 @@ def write_weights(path, scorers, rows, scores):
               + ", ".join(f"{name} {weight:+.2f}" for name, weight in named.items()))
 
 
+def read_weights(words, names, fingerprint=None):
+    """Weights [K] from the command line: numbers, a JSON file {name: weight}, or nothing, which is 1 each. fingerprint:
+    the rewards', which are to be the models that the file's weights were fitted to, where it says so."""
+    if not words:
+        return [1.0] * len(names)
+    where = f"--weights {words[0]}" if words[0].endswith(".json") else "--weights"
+    if len(words) == 1 and words[0].endswith(".json"):
+        content = files.read_json(words[0])
+        missing = [name for name in names if not isinstance(content, dict) or name not in content]
+        if missing:
+            raise UserError(f"{words[0]}: no weight for {', '.join(missing)}; give {{name: weight}} for every reward")
+        of = content.get("of")
+        if fingerprint and isinstance(of, dict):
+            others = [name for name in names if of.get(name) != fingerprint[name]]
+            if others:
+                raise UserError(f"{words[0]}: was fitted to other models of {', '.join(others)}; run `reward.py train` "
+                                "again, or leave \"of\" out of it")
+        words = [content[name] for name in names]
+    try:
+        weights = [float(word) for word in words]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {words} are not all numbers; give numbers, or one .json file") from error
+    if len(weights) != len(names):
+        raise UserError(f"{where}: {len(weights)} for {len(names)} rewards ({', '.join(names)}); give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"{where}: {weights} are not all finite; mend them")
+    return weights
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Scalarization: K principles' weighted scores of N responses, x (K, N), become N rewards. Each response's depends on
 # its own scores alone. "Monotone": to raise an x never lowers the reward.
@@ -174,6 +203,32 @@ def bernoulli_nash(x):
 
 SCALARIZATIONS = {function.__name__: function for function in (
     linear, worst_case, soft_max_min, uncertainty_weighted, lower_quantile, median, bernoulli_nash)}
+
+
+SCALARIZATION_HELP = "; ".join(
+    " ".join([name, *(f"{key}={value:.3g}" for key, value in (join.__kwdefaults__ or {}).items())])
+    for name, join in SCALARIZATIONS.items())
+
+
+def read_scalarization(text):
+    """(name, options) of a scalarization as a text, "lower_quantile share=0.25". UserError where there is none such."""
+    name, *words = text.split()
+    options = {}
+    for key, _, value in (word.partition("=") for word in words):
+        try:
+            if key in options:
+                raise ValueError
+            options[key] = float(value)
+        except ValueError:
+            raise UserError(f"--scalarization {text}: {key!r} twice, or without a number; write {key}=NUMBER "
+                            "once") from None
+    try:
+        scalarize(torch.zeros(2, 1), [1.0, 1.0], name, **options)
+    except UserError as error:
+        raise UserError(f"--scalarization {text}: {error}") from None
+    if not all(map(math.isfinite, options.values())):
+        raise UserError(f"--scalarization {text}: not all finite; mend it")
+    return name, options
 
 
 def scalarize(scores, weights, scalarization, **options):
@@ -324,7 +379,7 @@ def add_train(commands):
     add("--principles", nargs="+", metavar="NAME", help="train only these (default: all that are labelled)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--overwrite", action="store_true", help="make models that were made with other settings anew")
-    unheeded = {*train.unheeded([train.METHODS["reward"]]), "principle", "merge"}  # of all principles in turn
+    unheeded = {*train.unheeded([train.METHODS["reward"]]), "principle", "merge", "samples"}  # all principles in turn
     add_options(parser, train.Options, leave_out=unheeded, **TRAINING)
 
 

@@ -6,15 +6,17 @@
     4. the aligner is trained in three steps
 
 The aligner never sees a policy. Some wordings of objectives, some words, a verb and two combinations of verbs are kept
-from it (wordings.py says which), and what it does to objectives that nobody named is measured too (measure.py).
+from it (wordings.py says which), and what it does to objectives that nobody named is measured too (measure.py), beside
+what nothing, a foundation that never saw the answer, and an edit towards something else would have done.
 """
 import itertools
 import random
 import sys
-from dataclasses import replace
+import textwrap
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common import announce, cli, make_parser, write_jsonl
+from common import add_options, announce, cli, make_parser, option, read_options, write_jsonl
 import checkpoint
 import data
 import formats
@@ -26,38 +28,78 @@ from align import Writer, align
 from endpoint import Endpoint
 from eval import evaluate, exact_judge, exact_room
 from model import Config, Llama, device_named
-from report import ansi_diff, bar_chart, pick_examples, print_table, write_report, write_svg
+from report import ansi_diff, bar_chart, html_table, pick_examples, print_table, text_table, write_report, write_svg
 from resume import whole_run
+from runs import curves_section
 
-FOUNDATION = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-                  num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-                  max_position_embeddings=1024)
-SMALL = {**FOUNDATION, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
-         "num_key_value_heads": 3}
-SMALL_STEPS = 300  # it starts from nothing; the large policy, which starts from the foundation, takes 100
 COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=100, save_seconds=60.0)
-PRETRAIN = train.Options(lr=3e-3, batch=32, **COMMON)
-READING = {"words": 240, "texts": 720}  # optimizer steps of what the foundation reads
-POLICY = train.Options(lr=3e-3, batch=32, max_steps=100, **COMMON)
-ALIGNER = train.Options(lr=3e-3, batch=32, warmup_data=0.5, **COMMON)
-STEPS = {"identity": 40, "equal": 10, "better": 880}  # optimizer steps of the aligner's three steps
+
+
+def shape_of(width, layers):
+    """The sizes of a model, a head for each 32 of its width."""
+    heads = width // 32
+    return dict(hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=heads // (2 if heads % 2 == 0 else 1),
+                tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, max_position_embeddings=1024)
+
+
+@dataclass
+class Options:
+    """The story's sizes, steps and rates. The small policy, which starts from nothing, has half the foundation's layers
+    and width; the large one and the aligner start from the foundation."""
+    layers: int = option(4, "the foundation's blocks", 1, 200)
+    width: int = option(192, "its hidden size, a multiple of 64", 64, 2**14)
+    word_steps: int = option(240, "optimizer steps in which it repeats made-up words", 1, 10**6)
+    text_steps: int = option(720, "optimizer steps in which it reads texts", 1, 10**6)
+    small_steps: int = option(300, "optimizer steps of the small policy", 1, 10**6)
+    large_steps: int = option(100, "optimizer steps of the large policy", 1, 10**6)
+    identity_steps: int = option(40, "optimizer steps of the aligner's warm-up; 0: none", 0, 10**6)
+    equal_steps: int = option(10, "its optimizer steps on equal preference; 0: none", 0, 10**6)
+    better_steps: int = option(880, "its optimizer steps on better preference", 1, 10**6)
+    lr: float = option(3e-3, "highest learning rate of the foundation and the policies", 0, 10)
+    aligner_lr: float = option(3e-3, "the aligner's", 0, 10)
+    batch: int = option(32, "examples per optimizer step", 1, 10**6)
+    questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
+    replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
+    prompts: int = option(64, "questions to each policy in the end", 1, 10**6)
+
+    @property
+    def shape(self):
+        return shape_of(self.width, self.layers)
+
+    @property
+    def reading(self):
+        return {"words": self.word_steps, "texts": self.text_steps}
+
+    @property
+    def steps(self):
+        steps = {"identity": self.identity_steps, "equal": self.equal_steps, "better": self.better_steps}
+        return {name: count for name, count in steps.items() if count}
+
+    def training(self, seed, **more):
+        return train.Options(**{"lr": self.lr, "batch": self.batch, "seed": seed, **COMMON, **more})
+
+
+RECIPE = Options()
+FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
 PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.15)
-QUESTIONS = 7000                                      # rated for the aligner's pairs
-REPLAY = 0.15                                         # share of pretraining texts in the aligner's batches
-PROMPTS = 64                                          # questions to each policy
+QUICK = dict(layers=2, width=128, word_steps=60, text_steps=80, small_steps=60, large_steps=20, identity_steps=20,
+             equal_steps=5, better_steps=80, questions=500, prompts=6)
+QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows that all works and what the report looks "
+              "like; of what the method can do it shows nothing.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=()):
+def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=(), options=RECIPE):
     """The foundation model, in out/foundation: it repeats made-up words, then reads texts. Gives these.
 
     Its tokenizer is made of texts about made-up words, so that real ones, read or never read, are in pieces alike; the
     world's phrases, and further ones, are one token each."""
     def rows_of(part):
-        count = round(1.02 * PRETRAIN.batch * steps[part]) + 10
+        count = round(1.02 * options.batch * steps[part]) + 10
         if part == "words":
             return list(toy.repetitions(count, seed))
         return [{"prompt": "", "completion": text} for text in toy.pretraining_texts(count, seed)]
@@ -65,26 +107,27 @@ def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=()):
     tokenizer = toy.train_tokenizer(notes, 1536, [*toy.phrases(), *phrases])
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = Llama(Config(vocab_size=vocabulary, **shape), seed).to(device)
-    options, rows = replace(PRETRAIN, seed=seed), {part: rows_of(part) for part in steps}
-    stages = [train.prepare("sft" if part == "words" else "pretrain", rows[part], tokenizer, llama.config, options)
+    training, rows = options.training(seed), {part: rows_of(part) for part in steps}
+    stages = [train.prepare("sft" if part == "words" else "pretrain", rows[part], tokenizer, llama.config, training)
               for part in steps]
-    train.train(llama, tokenizer, stages, out / "foundation", options, resume=True, overwrite=True)
+    train.train(llama, tokenizer, stages, out / "foundation", training, resume=True, overwrite=True)
     return [row["completion"] for row in rows["texts"]]
 
 
-def train_policies(out, foundation, seed, device):
+def train_policies(out, foundation, seed, device, options=RECIPE):
     """Two sizes: "large" goes on from the foundation, "small" starts from nothing; each with its own bad manners."""
     tokenizer = checkpoint.load_tokenizer(foundation)
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
-        options = replace(POLICY, seed=seed, max_steps=SMALL_STEPS if name == "small" else POLICY.max_steps)
-        prompts = [toy.question(rng)[0] for _ in range(options.batch * options.max_steps)]
+        training = options.training(seed, max_steps=options.small_steps if name == "small" else options.large_steps)
+        prompts = [toy.question(rng)[0] for _ in range(training.batch * training.max_steps)]
         rows = [{"prompt": prompt, "completion": f" {toy.answer(name, prompt, rng)}"} for prompt in prompts]
         base = checkpoint.load(foundation, device=device)
         if name == "small":
-            base = Llama(Config(vocab_size=base.config.vocab_size, **SMALL), seed).to(device)
-        stage = train.prepare("sft", rows, tokenizer, base.config, options)
-        train.train(base, tokenizer, [stage], out / name, options, resume=True, overwrite=True)
+            small = shape_of(options.width // 2, max(1, options.layers // 2))
+            base = Llama(Config(vocab_size=base.config.vocab_size, **small), seed).to(device)
+        stage = train.prepare("sft", rows, tokenizer, base.config, training)
+        train.train(base, tokenizer, [stage], out / name, training, resume=True, overwrite=True)
 
 
 def write_pairs(out, seed, pairing=PAIRING, questions=QUESTIONS, worded=True, **rating):
@@ -109,17 +152,17 @@ def after_a_space(pair):
     return {**pair, "completion": f" {pair['completion']}", "answer": [begin - 1, end]}
 
 
-def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS):
+def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS, options=RECIPE):
     llama = checkpoint.load(foundation, device=device)
     tokenizer = checkpoint.load_tokenizer(foundation, llama)
-    stages = []
+    training, stages = options.training(seed, lr=options.aligner_lr, warmup_data=0.5), []
     for name, count in steps.items():
-        options = replace(ALIGNER, seed=seed)
-        rows = train.METHODS[name].rows([pairs], options)
+        rows = train.METHODS[name].rows([pairs], training)
         random.Random(seed).shuffle(rows)
-        enough = round(count * options.batch * (1 - REPLAY) * 1.02)  # so that an epoch has so many steps
-        stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, options, texts[:2000], REPLAY))
-    train.train(llama, tokenizer, stages, out, options, resume=True, overwrite=True)
+        enough = round(count * options.batch * (1 - options.replay) * 1.02)  # so that an epoch has so many steps
+        stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, training, texts[:2000],
+                                    options.replay))
+    train.train(llama, tokenizer, stages, out, training, resume=True, overwrite=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -161,6 +204,24 @@ def edit(aligner, items, seed, **sampling):
     return sorted(edits, key=lambda item: item["index"])
 
 
+def alone(foundation, items):
+    """The items with what the foundation writes to question and objectives, without the answer, under "aligned": in
+    the form of the texts that it has read."""
+    ids = [foundation.encode(f"The answer: {'; '.join(o.description for o in item['objectives'])}{item['prompt']}", 256)
+           for item in items]
+    texts = dict(foundation.write(ids, 256, 64))
+    return [{**item, "aligned": texts[place].split("\n\nHuman:")[0].strip()} for place, item in enumerate(items)]
+
+
+def baselines(aligner, foundation, edited, seed):
+    """{who: items} of what else there could be in the place of the edits, for the kinds in measure.DOUBTED."""
+    edited = [item for item in edited if item["kind"] in measure.DOUBTED]
+    return {"the edits": edited,
+            "copy: nothing done": [{**item, "aligned": item["original"]} for item in edited],
+            "foundation, no answer seen": alone(foundation, edited),
+            "edits, asked for another": edit(aligner, list(measure.asked_for_another(edited, seed)), seed)}
+
+
 def judge(edited, seed):
     """Of edited items, those of the kinds in JUDGED as rows as align.py writes them, and their figures."""
     rng = random.Random(f"golden {seed}")
@@ -178,21 +239,21 @@ def judge(edited, seed):
 # The story
 
 
-def story(out, seed, device):
+def story(out, seed, device, options=RECIPE):
     announce("1. a foundation model reads texts")
-    texts = pretrain(out, seed, device)
+    texts = pretrain(out, seed, device, options.reading, options.shape, options=options)
     announce("2. two policies learn to answer, not too well")
-    train_policies(out, out / "foundation", seed, device)
+    train_policies(out, out / "foundation", seed, device, options)
     announce("3. rated answers become pairs for the aligner")
-    pairs = write_pairs(out, seed)
+    pairs = write_pairs(out, seed, questions=options.questions)
     for row in itertools.islice(formats.read_pairs(pairs), 1):
         print(f"--- one of them ({row['relation']})\n{row['prompt']}\n--- its target\n{row['completion']}")
     announce("4. the aligner learns: to copy, to keep, to improve")
-    train_aligner(out / "aligner", out / "foundation", pairs, texts, seed, device)
+    train_aligner(out / "aligner", out / "foundation", pairs, texts, seed, device, options.steps, options)
     announce("5. five policies answer; the aligner, which has never seen them, edits")
     aligner = Writer(out / "aligner", device)
     rng = random.Random(f"prompts {seed}")
-    prompts = [toy.question(rng)[0] for _ in range(PROMPTS)]
+    prompts = [toy.question(rng)[0] for _ in range(options.prompts)]
     rows, results, edited = {}, {}, []
     for name in toy.POLICIES:
         answers = ask_policy(name, prompts, out, seed, device)
@@ -200,26 +261,45 @@ def story(out, seed, device):
         rows[name], results[name] = judge(edits, seed)
         write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
         edited += edits
+    others = baselines(aligner, Writer(out / "foundation", device), edited, seed)
     announce("6. the judges compare")
-    write_results(out, rows, results, edited)
+    note = told_otherwise(options)
+    write_results(out, rows, results, edited, others, note)
+    print(f"\n{note}" if note else "")
     announce(f"7. done; open {out / 'report.html'}, or play: .venv/bin/python play.py --run {out}")
 
 
-def write_results(out, rows, results, edited):
-    print_table(results)
+def told_otherwise(options):
+    """Where the options are not the recipe's, a line that says so; else ""."""
+    others = [f"{name} {value} ({asdict(RECIPE)[name]})" for name, value in asdict(options).items()
+              if value != asdict(RECIPE)[name]]
+    if options == Options(**QUICK):
+        return QUICK_NOTE
+    return f"Not the recipe's options, which are in brackets: {', '.join(others)}." if others else ""
+
+
+def write_results(out, rows, results, edited, others, note):
     tables = {name: measure.figures([item for item in edited if item["policy"] == name]) for name in results}
-    means = measure.over_policies(tables)
+    for name, result in results.items():
+        result["kept"] = tables[name]["all"]["kept"]
+    print_table(results)
+    means, doubts = measure.over_policies(tables), measure.doubts(others)
     print(f"\nWhat was asked for, and what was not: means over {len(tables)} policies\n{measure.table_text(means)}"
           f"\n{measure.LEGEND}\n")
-    print("\n".join(f"{line:<30}{value:8.1f}" for line, value in measure.summary(means).items()))
+    print("\n".join(f"{line:<38}{value:8.1f}" for line, value in measure.summary(means).items()))
+    head, cells = measure.doubts_table(doubts)
+    print(f"\n{textwrap.fill(measure.DOUBTS, 110)}\n{text_table(head, cells)}")
     figures = {name: {k: v for k, v in result.items() if k != "verdicts"} for name, result in results.items()}
-    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}}])
+    summary = {**{line: {"mean": value} for line, value in measure.summary(means).items()}, **doubts}
+    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}, "summary": summary}])
     examples = {name: pick_examples(rows[name], results[name]) for name in rows}
-    notes = ("Five policies of the embedded world, edited by an aligner that has seen none of them. 'A word never "
-             "read' occurs in no text that it was trained on.")
-    sections = [(f"What was asked for, and what was not: {name}", measure.html(table))
-                for name, table in {"mean over the policies": means, **tables}.items()]
-    write_report(out / "report.html", results, examples, "nanoalign: the story", notes, sections)
+    notes = (f"{note} Five policies of the embedded world, edited by an aligner that has seen none of them. 'A word "
+             "never read' occurs in no text that it was trained on; what is 'in pretraining only' is in no pair.")
+    sections = [("Would something simpler do?", f"<p>{measure.DOUBTS}</p>{html_table(head, cells)}")]
+    sections += [(f"What was asked for, and what was not: {name}", measure.html(table))
+                 for name, table in {"mean over the policies": means, **tables}.items()]
+    sections += curves_section(out, ("foundation", "small", "large", "aligner"))
+    write_report(out / "report.html", results, examples, "nanoalign: the story", notes.strip(), sections)
     write_svg(out / "story.svg", mean_chart(figures), CHART)
     for name in results:
         item = next(item for item in edited if item["policy"] == name and item["kind"] == "mention a word never read")
@@ -245,21 +325,29 @@ def mean_chart(results):
     return bar_chart(lines, 0, 100, "win rate against golden answers, in %: the policy's own answers, and aligned")
 
 
-def arguments():
+def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", default="runs/story", metavar="FOLDER", help="where everything is written (default runs/story)")
+    add("--out", metavar="FOLDER", help="where everything is written (default runs/story; --quick: runs/quick)")
     add("--seed", type=int, default=0, help="of the data, the training and the questions (default 0)")
+    add("--quick", action="store_true", help="everything once in a minute, by other defaults: "
+        + ", ".join(f"{name} {value}" for name, value in QUICK.items()))
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    return parser.parse_args()
+    add_options(parser, Options)
+    args = parser.parse_args(argv)
+    if (args.width or 64) % 64:
+        parser.error(f"--width {args.width} is no multiple of 64; give {args.width // 64 * 64 or 64}")
+    return args
 
 
 def main():
     args = arguments()
-    device = device_named(args.device)
-    out = Path(args.out)
-    with whole_run(out, {"seed": args.seed}, "story"):
-        story(out, args.seed, device)
+    options, device = read_options(Options, args, **(QUICK if args.quick else {})), device_named(args.device)
+    out = Path(args.out or ("runs/quick" if args.quick else "runs/story"))
+    if note := told_otherwise(options):
+        print(note)
+    with whole_run(out, {"seed": args.seed, **asdict(options)}, "story"):
+        story(out, args.seed, device, options)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import checkpoint
 import data
 import formats
 import methods
+from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
@@ -54,6 +55,10 @@ class Options:
     val_share: float = option(0.01, "share of the prompts held out for validation", 0, 0.99)
     val_every: int = option(100, "steps between validations", 1, 10**12, free=True)
     save_seconds: float = option(300.0, "seconds between saved states", 0, 1e9, free=True)
+    samples: int = option(3, "held-out prompts that are continued, greedily, at each validation; 0: none", 0, 1000,
+                          free=True)
+    log: str = option("", "where every row of metrics goes too; a resumed run's rows go there again",
+                      choices=["wandb", "tensorboard"], free=True)
     precision: str = option("auto", "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it",
                             choices=["auto", "bf16", "fp32"])
     lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
@@ -220,7 +225,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
     was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
     run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
-              {"options": vars(options), **(about or {})})
+              {"options": vars(options), **(about or {})}, options.log)
     if run.finished:
         return read_metrics(out)
     llama.checkpoint_activations = options.checkpoint_activations
@@ -244,7 +249,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
         with tqdm(total=total, initial=first, desc=f"{run.out.name}: {stage.name}", unit="step",
                   disable=not progress) as bar:
             if first == 0:
-                validate(llama, stage, 0, run, options)
+                validate(llama, tokenizer, stage, 0, run, options, progress)
             for step in range(first, total):
                 rate = learning_rate(step, total, options)
                 batches = list(pack(examples_of(stage, step, options), options.micro_tokens, llama.device))
@@ -261,7 +266,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed}, {memory(llama.device)}")
                 bar.update()
                 if (step + 1) % options.val_every == 0 or step + 1 == total:
-                    validate(llama, stage, step + 1, run, options)
+                    validate(llama, tokenizer, stage, step + 1, run, options, progress)
                 if now - saved > options.save_seconds and step + 1 < total:
                     run.save(model=trained(llama), optimizer=optimizer.state_dict(), stage=place, step=step + 1,
                              tokens=tokens, seconds=row["seconds"])
@@ -324,15 +329,40 @@ def add_ref_logprobs(llama, examples, options, progress):
 
 
 @torch.no_grad()
-def validate(llama, stage, step, run, options):
-    """Mean loss on the held-out examples, written to the metrics."""
+def validate(llama, tokenizer, stage, step, run, options, progress=True):
+    """Mean loss on the held-out examples, and what is written to a few of their prompts, written to the metrics."""
     if not stage.held_out:
         return
+    if options.samples and not stage.method.scorer:
+        samples = write_samples(llama, tokenizer, stage, options)
+        run.write({"stage": stage.name, "step": step, "samples": samples})
+        if progress:
+            text = " ".join(data.printable(samples[0]["text"], 100).split())
+            tqdm.write(f"{run.out.name}: {stage.name}, step {step}: {text}")
     loss, count = 0.0, 0
     for batch in pack(stage.held_out, options.micro_tokens, llama.device):
         loss += float(batch_loss(llama, batch, stage.method, options))
         count += batch.count
     run.write({"stage": stage.name, "step": step, "val_loss": loss / count})
+
+
+SAMPLE = 48  # tokens of a sample, at most
+
+
+def write_samples(llama, tokenizer, stage, options):
+    """[{"prompt", "text"}]: greedy continuations of the first held-out prompts, of texts their first quarter. What is
+    trained does not depend on them: they draw nothing. Of a long prompt, the end is told."""
+    prompts = {}
+    for document in (example.documents[0] for example in stage.held_out):
+        start = document.start if document.start > 1 else max(1, len(document.ids) // 4)
+        prompts[tuple(document.ids[:start])] = None
+        if len(prompts) == options.samples:
+            break
+    prompts = list(map(list, prompts))
+    with autocast(llama.device, options):
+        texts = generate(llama, prompts, SAMPLE, stop_ids=llama.config.stop_ids)
+    return [{"prompt": tokenizer.decode(ids)[-1000:], "text": tokenizer.decode(new)}
+            for ids, new in zip(prompts, texts)]
 
 
 def trained(llama):

@@ -97,19 +97,8 @@ def command(words):
     """What `forked` is to run: a script's main with these words, the first of them its name."""
     def work():
         sys.argv = [f"{words[0]}.py", *words[1:]]
-        if words[0] == "story":
-            shrink_story()
         SCRIPTS[words[0]].main()
     return work
-
-
-def shrink_story():
-    """Two steps of every training, two questions, the smallest models."""
-    for name in ("WORDS", "PRETRAIN", "POLICY", "ALIGNER"):
-        setattr(story, name, dataclasses.replace(getattr(story, name), max_steps=2, batch=4, save_seconds=0.0))
-    story.SMALL_STEPS, story.STEPS, story.PROMPTS = 2, {"identity": 2, "better": 2}, 2
-    story.FOUNDATION.update(SIZES)
-    story.SMALL.update(SIZES)
 
 
 def limit_memory(gigabytes=4):
@@ -167,7 +156,9 @@ SUBJECTS = {  # name: (the command, the words with which it goes on after a kill
                       " --verdicts logprobs" + JUDGE, ""),
     "eval, server": ("eval {w}/aligned.jsonl --out {o}/out" + JUDGE, ""),
     "data reformulate": ("data reformulate {w}/rated.jsonl --out {o}/out.jsonl --objectives helpful harmless", ""),
-    "story": ("story --out {o}/out --device cpu", ""),
+    "story": ("story --out {o}/out --device cpu --layers 1 --width 64 --word-steps 2 --text-steps 2 --small-steps 2 "
+              "--large-steps 2 --identity-steps 2 --equal-steps 0 --better-steps 2 --batch 4 --questions 80 "
+              "--prompts 2", ""),
 }
 
 

@@ -193,13 +193,13 @@ def test_an_edit_that_does_not_fit_again_was_edited_all_the_same():
     assert rows["long"]["aligned"] == "long" and rows["long"]["left_as_is"]
 
 
-def test_top_k_and_top_p_reach_the_sampling(world, aligned, tmp_path, monkeypatch):
+def test_top_k_top_p_and_min_p_reach_the_sampling(world, aligned, tmp_path, monkeypatch):
     texts = {}
-    for words in (["--top-k", 0], ["--top-k", 1], ["--top-p", 1e-6], ["--top-k", 3]):
+    for words in (["--top-k", 0], ["--top-k", 1], ["--top-p", 1e-6], ["--top-k", 3], ["--min-p", 1]):
         out = tmp_path / "-".join(map(str, words))
         assert run(align, monkeypatch, command(world, out / "out.jsonl", "--temperature", 1, *words)) == 0
         texts[out.name] = read(out / "out.jsonl")
-    assert texts["--top-k-1"] == texts["--top-p-1e-06"] == read(aligned), "only the likeliest is left"
+    assert texts["--top-k-1"] == texts["--top-p-1e-06"] == texts["--min-p-1"] == read(aligned), "only one is left"
     assert texts["--top-k-0"] != texts["--top-k-3"] != texts["--top-k-1"]
 
 
@@ -399,6 +399,7 @@ def damaged(world, folder):
             ({"--limit": "0"}, ["--limit"]), ({"--rounds": "0"}, ["--rounds"]),
             ({"--temperature": "-1"}, ["--temperature"]), ({"--temperature": "nan"}, ["--temperature"]),
             ({"--top-k": "5"}, ["--top-k needs a --temperature above 0"]),
+            ({"--min-p": "0.1"}, ["--min-p needs a --temperature above 0"]), ({"--min-p": "1.5"}, ["--min-p"]),
             ({"--top-p": "1.5"}, ["--top-p", "from 1e-09 to 1"]),
             ({"--out": "header"}, ["header", "no ordinary file"])]
 

@@ -20,6 +20,7 @@ import formats
 import methods
 import model
 import ppo
+import report
 import rivals
 import story
 import toy
@@ -467,7 +468,7 @@ def test_the_help_names_every_rival(monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     listed = said.partition("some of ")[2]
     assert all(f"{name}" in listed for name in RIVALS) and set(compare.QUICK) <= set(RIVALS)
-    assert set(compare.FRONTS) <= set(RIVALS) and len(compare.FRONTS) <= len(compare.COLOURS)
+    assert set(compare.FRONTS) <= set(RIVALS) and len(compare.FRONTS) <= len(report.COLOURS)
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

@@ -83,7 +83,7 @@ def test_nothing_to_do():
     assert generate(llama, [[1], [2]], 0) == [[], []]
     with pytest.raises(UserError, match="a prompt has no tokens"):
         generate(llama, [[1], []], 5)
-    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}, {"min_p": 1.1}):
         with pytest.raises(UserError, match="generate: .*(give 0 or more|must be at least 0)"):
             generate(llama, [[1]], 5, **bad)
 
@@ -242,8 +242,9 @@ def next_logits(llama, tokens):
     return model.logits(llama, torch.tensor([tokens]))[0, -1].tolist()
 
 
-def probabilities_by_hand(logits, temperature, top_k, top_p):
-    """The definition, in plain Python: scale, keep the k likeliest, then the fewest that together reach top_p."""
+def probabilities_by_hand(logits, temperature, top_k, top_p, min_p=0.0):
+    """The definition, in plain Python: scale, keep the k likeliest, then the fewest that together reach top_p, then
+    those with at least the share min_p of the likeliest one's."""
     weights = {token: math.exp(logit / temperature) for token, logit in enumerate(logits)}
     kept = sorted(weights, key=weights.get, reverse=True)[:top_k or None]
     total, mass, nucleus = sum(weights[token] for token in kept), 0.0, []
@@ -251,6 +252,7 @@ def probabilities_by_hand(logits, temperature, top_k, top_p):
         if mass < top_p:
             nucleus.append(token)
         mass += weights[token] / total
+    nucleus = [token for token in nucleus if weights[token] >= min_p * weights[nucleus[0]]]
     total = sum(weights[token] for token in nucleus)
     return {token: weights[token] / total for token in nucleus}
 
@@ -263,19 +265,20 @@ def chi_square(counts, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature, top_k, top_p",
-                         [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.8), (1.3, 6, 0.9)])
-def test_sampled_pairs_have_their_exact_distribution(temperature, top_k, top_p):
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [
+    (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.5, 5, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1.3, 6, 0.9, 0.0),
+    (1.0, 0, 1.0, 0.3), (1.5, 7, 0.95, 0.2)])
+def test_sampled_pairs_have_their_exact_distribution(temperature, top_k, top_p, min_p):
     """Two tokens after one prompt: the chance of each pair is p(first) p(second | first), from full forwards."""
     llama, prompt, rows = tiny(seed=5, vocab_size=9), [3, 1, 4], 20_000
     expected = {}
     with torch.no_grad():
-        first = probabilities_by_hand(next_logits(llama, prompt), temperature, top_k, top_p)
+        first = probabilities_by_hand(next_logits(llama, prompt), temperature, top_k, top_p, min_p)
         for one, chance in first.items():
             logits = next_logits(llama, prompt + [one])
-            for two, second in probabilities_by_hand(logits, temperature, top_k, top_p).items():
+            for two, second in probabilities_by_hand(logits, temperature, top_k, top_p, min_p).items():
                 expected[one, two] = rows * chance * second
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     counts = Counter(map(tuple, generate(llama, [prompt] * rows, 2, seed=7, **options)))
     assert counts.keys() <= expected.keys()
     rare = {key for key, value in expected.items() if value < 5}  # too few for the approximation: one class
@@ -286,6 +289,24 @@ def test_sampled_pairs_have_their_exact_distribution(temperature, top_k, top_p):
     assert len(classes) > 5 and statistic < limit
     wrong = dict(zip(classes, [value * (1.1 if number % 2 else 0.9) for number, value in enumerate(classes.values())]))
     assert chi_square(counts, wrong)[0] > limit, "a tenth off would be seen"
+
+
+@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.25),
+                                                 (6, 0.9, 0.15), (0, 1.0, 1.0)])
+def test_filtered_probabilities_are_those_by_hand_and_those_of_transformers(top_k, top_p, min_p):
+    logits = torch.randn(50, 11, generator=torch.Generator().manual_seed(3)) * 2
+    found = engine.filtered_probs(logits, 1.3, top_k, top_p, min_p)
+    expected = torch.zeros_like(found)
+    for row, line in enumerate(logits.tolist()):
+        for token, chance in probabilities_by_hand(line, 1.3, top_k, top_p, min_p).items():
+            expected[row, token] = chance
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    hf = pytest.importorskip("transformers")
+    warped = logits / 1.3
+    for warper in ([hf.TopKLogitsWarper(top_k)] if top_k else []) + [hf.TopPLogitsWarper(top_p)] * (top_p < 1) + [
+            hf.MinPLogitsWarper(min_p)] * (min_p > 0):
+        warped = warper(None, warped)
+    torch.testing.assert_close(found, warped.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_sampling_never_takes_what_has_no_chance():

@@ -16,7 +16,7 @@ STEPS, WRONG = toy.RIGHT[0], toy.WRONG[0][0]
 OWLS, MORE_OWLS, KITES, MORE_KITES = (toy.DIGRESSIONS[i].replace("X", word)
                                       for word in ("owls", "kites") for i in (0, 1))
 NEVER = wordings.HELD_OUT_WORDS
-PLAIN_KINDS = [kind for kind in measure.KINDS if not kind.endswith("held-out wordings")]
+PLAIN_KINDS = [kind for kind in measure.KINDS if not kind.endswith(", in pretraining only")]
 
 
 def text(*sentences):
@@ -243,7 +243,7 @@ def test_a_line_of_the_summary_is_a_mean_over_its_kinds():
 def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
     table = measure.figures([edit(["humour"], STEPS[0], text(STEPS[0], JOKE), "all nine"),
                              edit(["harmless"], JOKE, JOKE, "one of the nine")])
-    lines = {line[:38].strip(): line[38:].split() for line in measure.table_text(table).splitlines()}
+    lines = {line[:44].strip(): line[44:].split() for line in measure.table_text(table).splitlines()}
     assert lines["asked for"] == list(measure.FIGURES) and list(lines)[1:] == list(table)
     assert dict(zip(measure.FIGURES, lines["all nine"])) == {
         "net": "+100", "worse": "0.0", "moved": "0.0", "unchanged": "-", "kept": "100.0", "beyond": "0.0",
@@ -252,6 +252,43 @@ def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
     assert cells[:5] == ["all nine", "+100", "0.0", "0.0", "-"]
     assert "[" in measure.html({"all": {"net": {"mean": 5, "interval": [1, 9]}}})
     assert "[" not in measure.html(measure.over_policies({"a": table}))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Would something simpler do?
+
+
+def test_another_of_the_nine_is_asked_for_and_judged_on_the_first(items):
+    others = list(measure.asked_for_another(items, 0))
+    one = [item for item in items if len(item["names"]) == 1]
+    assert len(others) == len(one) and others == list(measure.asked_for_another(items, 0))
+    for item, other in zip(one, others):
+        assert other["judged"] == item["names"] and other["names"] != item["names"]
+        assert set(other["names"]) <= set(toy.NAMED) and wordings.meant(
+            other["objectives"][0].description) == other["names"][0]
+        assert {**other, **{key: item[key] for key in ("names", "objectives")}} == {**item, "judged": item["names"]}
+
+
+def test_doubts_are_what_they_would_be_by_hand():
+    """A joke appended: all of humour, nothing of politeness."""
+    before = STEPS[0]
+    item = edit(["humour"], before, text(before, JOKE), "one of the nine")
+    asked_another = {**edit(["polite"], before, text(before, toy.SENTENCES["courtesy"][0]), "one of the nine"),
+                     "judged": ["humour"]}
+    nine = edit(list(toy.NAMED), before, before, "all nine")
+    found = measure.doubts({"edits": [item, nine], "copy": [{**item, "aligned": before}], "other": [asked_another]})
+    assert list(found) == ["all nine: edits", "one of the nine: edits", "one of the nine: copy",
+                           "one of the nine: other"]
+    assert [found[f"one of the nine: {who}"]["net"]["mean"] for who in ("edits", "copy", "other")] == [100, 0, 0]
+    assert all(found[f"one of the nine: {who}"]["kept"]["mean"] == 100 for who in ("edits", "copy", "other"))
+    golden = toy.golden(TEA, random.Random(f"golden {TEA} 0"))
+    joked = toy.score("humour", TEA, golden)
+    assert found["one of the nine: edits"]["win"]["mean"] == 100 * (1 - joked / 2)
+    assert found["one of the nine: other"]["win"]["mean"] == found["one of the nine: copy"]["win"]["mean"] == 100 * (
+        0.5 - joked / 2)
+    head, rows = measure.doubts_table(found)
+    assert head == ["", *measure.DOUBT_FIGURES] and rows[1][:3] == ["one of the nine: edits",
+                                                                    f"{100 * (1 - joked / 2):.1f}", "100.0"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -285,8 +322,8 @@ def test_every_kind_is_asked_for(asked, items):
     assert {name for names in ones for name in names} == set(toy.NAMED) and {len(names) for names in ones} == {1}
     verbs = {wordings.parts(item["names"][0])[0] for item in items if item["kind"] == "other verbs"}
     assert verbs == set(wordings.TRAINED_VERBS) - {"mention", "avoid"}
-    for kind, expected in (("held-out verb", wordings.HELD_OUT_VERBS),
-                           ("held-out combinations", wordings.COMBINATIONS)):
+    for kind, expected in (("a verb in pretraining only", wordings.HELD_OUT_VERBS),
+                           ("combinations never read", wordings.COMBINATIONS)):
         assert {wordings.parts(item["names"][0])[0] for item in items if item["kind"] == kind} == set(expected)
 
 
@@ -299,8 +336,8 @@ def test_wishes_are_in_the_wordings_of_their_kind(items):
             pairs, held_out = wordings.WORDINGS[wordings.parts(objective.name)[0]]
             within = [any(re.fullmatch(wordings.pattern(wording), wordings.without_frame(objective.description), re.I)
                           for wording in of) for of in (pairs, held_out)]
-            seen.add((item["kind"].endswith("held-out wordings"), *within))
-            if item["kind"].endswith("held-out wordings") and held_out:
+            seen.add((item["kind"].endswith(", in pretraining only"), *within))
+            if item["kind"].endswith(", in pretraining only") and held_out:
                 assert within[1] and not within[0], objective
             elif measure.KINDS[item["kind"]] == "pairs":
                 assert within[0], objective
@@ -313,8 +350,8 @@ def test_a_request_is_the_same_in_both_wordings(items):
         by_answer.setdefault((item["policy"], item["prompt"], item["original"]), {})[item["kind"]] = item["names"]
     for found in by_answer.values():
         for kind in found:
-            if kind.endswith(", held-out wordings"):
-                assert found[kind] == found[kind.removesuffix(", held-out wordings")]
+            if kind.endswith(", in pretraining only"):
+                assert found[kind] == found[kind.removesuffix(", in pretraining only")]
 
 
 def test_words_never_read_are_asked_for_where_this_is_said(items):
@@ -322,7 +359,7 @@ def test_words_never_read_are_asked_for_where_this_is_said(items):
         words = [slot for name in item["names"] for slot in wordings.parts(name)[1] if not slot.isdigit()]
         if "word never read" in item["kind"]:
             assert words and set(words) <= set(NEVER), item["names"]
-        elif "trained word" in item["kind"] or item["kind"] == "held-out verb":
+        elif "trained word" in item["kind"] or item["kind"] == "a verb in pretraining only":
             assert words and not set(words) & set(NEVER), item["names"]
     words = {slot for item in items if item["kind"] == "mention a word never read"
              for slot in wordings.parts(item["names"][0])[1]}
@@ -359,5 +396,5 @@ def test_the_same_seed_asks_for_the_same_and_another_policy_for_something_else()
                 for item in measure.requests(policy, prompts, answers, seed, **more)]
     assert found("small", 0) == found("small", 0)
     assert found("small", 0) != found("small", 1) and found("small", 0) != found("large", 0)
-    some = {"held-out verb": "all", "all nine": "pairs"}
+    some = {"a verb in pretraining only": "all", "all nine": "pairs"}
     assert [kind for kind, *_ in found("small", 0, kinds=some)] == list(some) * 20

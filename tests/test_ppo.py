@@ -14,6 +14,7 @@ import checkpoint
 import conftest
 import model
 import ppo
+import reward
 import toy
 import train
 from common import UserError, write_jsonl
@@ -403,6 +404,20 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, command(world, tmp_path / "bf16", "--precision", "bf16", "--no-norm-adv")) == 0
 
 
+def test_a_scalarizations_options_reach_the_rewards_and_the_settings(world, tmp_path, monkeypatch, capsys):
+    seen, scalarize = [], reward.scalarize
+    monkeypatch.setattr(reward, "scalarize", lambda scores, weights, name, **of: seen.append((name, of))
+                        or scalarize(scores, weights, name, **of))
+    words = ["--reward", "toy:detail", "toy:bias", "--scalarization", "lower_quantile", "share=0.5"]
+    assert run(monkeypatch, command(world, tmp_path / "out", *words)) == 0
+    assert set(map(str, seen)) == {"('lower_quantile', {'share': 0.5})"}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["scalarization"] == (
+        "lower_quantile share=0.5")
+    words[-1] = "share=1"
+    assert run(monkeypatch, command(world, tmp_path / "out", *words)) == 2
+    assert "other scalarization" in capsys.readouterr().err
+
+
 def test_adapters_learn_while_the_base_is_shared_with_the_reference_and_stays_as_it_was(world, tmp_path, monkeypatch):
     seen, evaluate = [], ppo.evaluate_rollouts
     monkeypatch.setattr(ppo, "evaluate_rollouts", lambda agent, reference, *rest: seen.append((agent.policy, reference))
@@ -484,16 +499,16 @@ def test_mistakes_are_refused_before_any_model_is_loaded(world, tmp_path, monkey
 def test_a_file_of_weights_is_named_with_what_is_wrong_in_it(tmp_path, content, said):
     (tmp_path / "w.json").write_text(content)
     with pytest.raises(UserError, match=rf"w\.json.*{said}"):
-        ppo.read_weights([str(tmp_path / "w.json")], ["a", "b"])
+        reward.read_weights([str(tmp_path / "w.json")], ["a", "b"])
 
 
 def test_weights_are_for_the_models_that_they_were_fitted_to(tmp_path):
     (tmp_path / "w.json").write_text('{"a": 1, "b": 2, "of": {"a": "x", "b": "y"}}')
     words, names = [str(tmp_path / "w.json")], ["b", "a"]
-    assert ppo.read_weights(words, names, {"a": "x", "b": "y"}) == [2.0, 1.0] == ppo.read_weights(words, names)
+    assert reward.read_weights(words, names, {"a": "x", "b": "y"}) == [2.0, 1.0] == reward.read_weights(words, names)
     for other in ({"a": "x", "b": "z"}, {"a": "x", "b": None}):
         with pytest.raises(UserError, match="w.json: was fitted to other models of b; run"):
-            ppo.read_weights(words, names, other)
+            reward.read_weights(words, names, other)
 
 
 def test_several_kinds_of_reward_keep_their_order(monkeypatch, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 from objectives import Objective
 from eval import evaluate, exact_judge, exact_room
-from report import (CHART_STYLE, DARK, LIGHT, STYLE, ansi_diff, bar_chart, pick_examples, print_table, table_text,
-                    visible, word_diff, write_report, write_svg)
+from report import (CHART_STYLE, DARK, LIGHT, STYLE, ansi_diff, bar_chart, line_chart, pick_examples, print_table,
+                    short, table_text, visible, word_diff, write_report, write_svg)
 from test_eval import HIGH, row, score
 
 TEXTS = ["", "one", "The cat sat.", "The dog sat down,\n\nthen  it slept. ", "  <b>bold</b> & \"x\"",
@@ -148,6 +148,49 @@ def test_half_surrogates_do_not_stop_a_table(capsys):
     shown = capsys.readouterr().out
     shown.encode("utf-8")
     assert "policy ? (2 answers)" in shown and re.search(r"odd \? +2 +50.0 -> 100.0", shown)
+
+
+def test_a_line_chart_stands_where_its_figures_are():
+    """The plot is 700 wide from 60 on, and 270 high down to 290; what begins far above the rest is cut off."""
+    lines = [(0, "faint", [(1, 100.0), (50, 4.0), (100, 2.0)], []),
+             (1, "line", [(0, 3.0), (100, 3.0)], [(0, 2.5, 3.5), (100, 2.0, 400.0)])]
+    root = ElementTree.fromstring(line_chart(lines, "tokens <x>", "loss"))
+    low, high = 2 - 0.05 * 2, 4 + 0.15 * 2
+    faint, line = root.findall("polyline")
+
+    def spots(element):
+        return [tuple(map(float, pair.split(","))) for pair in element.get("points").split()]
+
+    def up(y):
+        return pytest.approx(290 - 270 * (y - low) / (high - low), abs=0.06)
+    assert spots(faint) == [(67, 20), (410, up(4)), (760, up(2))]
+    assert spots(line) == [(60, up(3)), (760, up(3))]
+    assert spots(root.find("polygon")) == [(60, up(3.5)), (760, 20), (760, up(2)), (60, up(2.5))]
+    assert line.get("stroke") != faint.get("stroke") and len(root.findall("circle")) == 2
+    texts = [text.text for text in root.findall("text")]
+    assert texts[5:] == ["0", "25", "50", "75", "100", "tokens <x>"] and float(texts[0]) == pytest.approx(low, abs=0.01)
+    for flat in ([(0, 1.0)], [(5, 0.0), (6, 0.0)]):  # one point, no height
+        ElementTree.fromstring(line_chart([(0, "line", flat, [])], "x", "y"))
+    assert [short(n) for n in (0, 7, 1234, 1_572_448, 2e9)] == ["0", "7", "1.23k", "1.57M", "2G"]
+
+
+def test_what_was_asked_is_said_and_what_nobody_asked_stands_apart(tmp_path):
+    intact = Objective("intact", "every sentence makes sense")
+    rows = [{**row(1, 2, 1, str(n), [HIGH, intact])} for n in range(3)]
+    result = evaluate(rows, None, exact_judge(lambda name, prompt, text: score("high", prompt, text)), progress=False)
+    assert set(result["objectives"]) == {"high", "intact"}
+    result["kept"] = {"mean": 73.6}
+    lines = table_text({"policy": result}).splitlines()
+    assert "policy (3 answers, 74 % of their sentences survive)" in lines
+    assert any(line.startswith("  beside them: intact") for line in lines)
+    write_report(tmp_path / "r.html", {"p": result, "q": result}, {"p": pick_examples(rows, result)}, "t")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.text.count(f"asked for: {HIGH.description}") == 3 and "asked for: every" not in page.text
+    assert "74 % of their sentences survive" in page.text
+    chart = text[text.index("<svg"):text.index("</svg>")]
+    assert ">high<" in chart and ">intact<" not in chart
+    assert page.text.index("Judged beside them; nobody asked for it") < page.text.index("intact")
 
 
 def test_every_colour_has_a_light_and_a_dark_shade():

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
@@ -48,6 +49,36 @@ def stopped(tmp_path):
     run.metrics.write(b'{"step": 5, "lo')
     run.metrics.close()
     return tmp_path / "out"
+
+
+def test_every_row_goes_to_the_log_too(tmp_path, monkeypatch):
+    """Fakes of both packages, which the tests do without."""
+    sent = []
+    wandb = types.SimpleNamespace(init=lambda **more: sent.append(more) or types.SimpleNamespace(log=sent.append))
+    writer = types.SimpleNamespace(add_scalar=lambda *words: sent.append(words), flush=lambda: None)
+    board = types.SimpleNamespace(SummaryWriter=lambda folder: sent.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    row = {"stage": "sft", "step": 2, "loss": 0.5, "samples": []}
+    run = Run(tmp_path / "w", SETTINGS, log="wandb")
+    run.write(row)
+    assert sent == [{"dir": str(tmp_path / "w"), "name": "w"}, {"sft/step": 2, "sft/loss": 0.5}]
+    sent.clear()
+    run = Run(tmp_path / "t", SETTINGS, log="tensorboard")
+    run.write(row)
+    run.write({"iteration": 3, "reward": 1.5, "score": {"bias": 2.0}})
+    assert sent == [str(tmp_path / "t"), ("sft/step", 2, 2), ("sft/loss", 0.5, 2), ("ppo/iteration", 3, 3),
+                    ("ppo/reward", 1.5, 3), ("ppo/score/bias", 2.0, 3)]
+    assert len(resume.read_metrics(tmp_path / "t")) == 2
+
+
+@pytest.mark.parametrize("name, package", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_log_that_is_not_installed_is_one_line_and_harms_nothing(stopped, monkeypatch, name, package):
+    before = contents(stopped)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"--log {name}: cannot be imported .*; pip install {name}, or leave --log out"):
+        Run(stopped, OTHER, overwrite=True, log=name)
+    assert contents(stopped) == before
 
 
 @pytest.fixture

@@ -140,6 +140,24 @@ def test_soft_max_min_lies_between_its_limits(dtype):
     assert (at[1] > x.amin(0)).all() and (at[1] < x.mean(0)).all()
 
 
+def test_a_scalarization_is_read_with_its_options():
+    assert reward.read_scalarization("linear") == ("linear", {})
+    assert reward.read_scalarization("lower_quantile share=0.25") == ("lower_quantile", {"share": 0.25})
+    assert reward.read_scalarization("  uncertainty_weighted   lam=2e-1 ") == ("uncertainty_weighted", {"lam": 0.2})
+    assert all(f"{key}=" in reward.SCALARIZATION_HELP for key in ("temperature", "lam", "share"))
+
+
+@pytest.mark.parametrize("text, said", [
+    ("guess", "'guess': unknown; give one of linear"), ("linear share=1", "no option 'share'; it has none"),
+    ("lower_quantile share", "write share=NUMBER"), ("lower_quantile share=x", "write share=NUMBER"),
+    ("lower_quantile share=0.5 share=0.2", "'share' twice"), ("lower_quantile share=2", "the share is 2.0"),
+    ("soft_max_min temperature=0", "give more than 0"), ("uncertainty_weighted lam=inf", "not all finite"),
+    ("soft_max_min temperature=nan", "give more than 0"), ("soft_max_min lam=1", "it has temperature")])
+def test_a_scalarization_that_is_none_is_one_line(text, said):
+    with pytest.raises(UserError, match=re.escape(f"--scalarization {text}: ") + ".*" + re.escape(said)):
+        reward.read_scalarization(text)
+
+
 def test_scalarizations_by_hand():
     x = torch.tensor([[1.0, 5.0], [2.0, -1.0], [4.0, 0.0], [9.0, 2.0]])
     ones = torch.ones(4)

@@ -1,6 +1,5 @@
 """What `make train` does with answers once its models are trained (the training itself is tested in test_train.py)."""
 import dataclasses
-import functools
 import json
 import random
 
@@ -132,69 +131,117 @@ def test_objectives_are_worded_in_many_ways_or_in_one(tmp_path, worded):
     assert sum(first) < 0.5 * len(said) if worded else all(first)
 
 
-def test_a_folder_belongs_to_one_seed_and_to_one_process_at_a_time(tmp_path, monkeypatch, capsys):
+def test_a_folder_belongs_to_one_seed_one_recipe_and_one_process_at_a_time(tmp_path, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr(story, "story", lambda out, seed, device: told.append(seed))
+    monkeypatch.setattr(story, "story", lambda out, seed, device, options: told.append((seed, options.width)))
     words = ["--out", tmp_path / "run", "--device", "cpu", "--seed"]
     assert [run(story, monkeypatch, [*words, 1]) for _ in range(2)] == [0, 0]
     refused(story, monkeypatch, capsys, [*words, 2], "run: holds a run with other seed (1, now 2)")
-    assert told == [1, 1] and resume.read_run(tmp_path / "run")["ended"]
+    refused(story, monkeypatch, capsys, [*words, 1, "--width", 64], "holds a run with other width (192, now 64)")
+    refused(story, monkeypatch, capsys, [*words, 1, "--quick"], "holds a run with other ")
+    refused(story, monkeypatch, capsys, [*words, 1, "--width", 100], "--width 100", "give 64")
+    assert told == [(1, 192)] * 2 and resume.read_run(tmp_path / "run")["ended"]
     monkeypatch.setattr(story, "story", lambda *_: refused(story, monkeypatch, capsys, [*words, 1], "another process"))
     assert run(story, monkeypatch, [*words, 1]) == 0
 
 
+def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monkeypatch, capsys):
+    """The sizes and steps of RESULTS.md's figures."""
+    assert story.FOUNDATION == dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+                                    num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+                                    max_position_embeddings=1024)
+    small = {name: value for name, value in story.shape_of(96, 2).items() if value != story.FOUNDATION[name]}
+    assert small == dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3)
+    assert story.STEPS == {"identity": 40, "equal": 10, "better": 880} and story.READING == {"words": 240, "texts": 720}
+    training = story.RECIPE.training(5)
+    assert (training.lr, training.batch, training.seed, training.weight_decay, training.max_steps) == (
+        3e-3, 32, 5, 0.01, 0)
+    assert story.told_otherwise(story.RECIPE) == ""
+    assert "better_steps 7 (880)" in story.told_otherwise(story.Options(better_steps=7))
+    assert "it shows nothing" in story.told_otherwise(story.Options(**story.QUICK))
+    found = []
+    monkeypatch.setattr(story, "story", lambda out, seed, device, options: found.append((out.name, options)))
+    monkeypatch.chdir(tmp_path)
+    assert run(story, monkeypatch, ["--quick", "--device", "cpu", "--prompts", 3]) == 0
+    assert found == [("quick", story.Options(**{**story.QUICK, "prompts": 3}))]
+    assert "Not the recipe's options" in capsys.readouterr().out
+    assert story.Options(equal_steps=0).steps == {"identity": 40, "better": 880}
+
+
+TWO = dict(layers=1, width=64, word_steps=2, text_steps=2, small_steps=2, large_steps=2, identity_steps=2,
+           equal_steps=2, better_steps=2, questions=80, prompts=3)
+
+
 @pytest.fixture
 def short(monkeypatch):
-    """The story with two steps of every training, few texts to make a tokenizer of, and three questions to each
-    policy."""
+    """Two steps of every training, few texts to make a tokenizer of, and three questions to each policy."""
     monkeypatch.setattr(toy, "pretraining_texts", lambda count, *words, texts=toy.pretraining_texts, **more:
                         texts(min(count, 800), *words, **more))
-    monkeypatch.setattr(story, "pretrain", functools.partial(story.pretrain, steps=dict.fromkeys(story.READING, 2)))
-    monkeypatch.setattr(story, "POLICY", dataclasses.replace(story.POLICY, max_steps=2))
-    monkeypatch.setattr(story, "SMALL_STEPS", 2)
-    monkeypatch.setattr(story, "write_pairs", functools.partial(story.write_pairs, questions=80))
-    steps = dict.fromkeys(story.STEPS, 2)
-    monkeypatch.setattr(story, "train_aligner", functools.partial(story.train_aligner, steps=steps))
-    monkeypatch.setattr(story, "PROMPTS", 3)
+    return story.Options(**TWO)
 
 
 @pytest.mark.slow
 def test_the_story_from_end_to_end(short, tmp_path, capsys):
-    story.story(tmp_path, 0, torch.device("cpu"))
+    story.story(tmp_path, 0, torch.device("cpu"), short)
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*toy.POLICIES, *toy.NAMED, "mention a word never read"])
-    assert all(line in printed for line in [*measure.FIGURES, "net, words never read", "net, held-out combinations"])
+    assert all(line in printed for line in [*measure.FIGURES, "net, words never read", "net, combinations never read"])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found) == [*toy.POLICIES, "editor"] and list(found["editor"]) == [*toy.POLICIES, "mean"]
+    assert list(found) == [*toy.POLICIES, "editor", "summary"] and list(found["editor"]) == [*toy.POLICIES, "mean"]
     for policy in toy.POLICIES:
         rows = list(formats.read_aligned(tmp_path / "aligned" / f"{policy}.jsonl"))
         assert len({row["prompt"] for row in rows}) <= 3 <= len(rows) / 3
         assert found[policy]["rows"] == len(rows) and found[policy]["objectives"]["helpful"]["n"] == 3
         assert found["editor"][policy]["all"]["kept"]["n"] >= len(rows)
+    nothing = found["summary"]["all nine: copy: nothing done"]
+    assert nothing["kept"]["mean"] == 100 and nothing["net"]["mean"] == 0 and nothing["win"]["n"] == 15
+    assert "one of the nine: edits, asked for another" in found["summary"]
+    assert not any("all nine: edits, asked for" in name for name in found["summary"])
     chart = (tmp_path / "story.svg").read_text(encoding="utf-8")
     assert all(f">{name}</text>" in chart for name in [*toy.NAMED, "mention a word never read"])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == len(toy.POLICIES) and "What was asked for, and what was not: small" in page
+    assert page.count("<svg") == len(toy.POLICIES) + 7 and "What was asked for, and what was not: small" in page
+    assert "How the loss fell: aligner, better" in page and "Not the recipe&#x27;s options" in page
+    assert "foundation, no answer seen" in page and "Not the recipe's options" in printed
+
+
+def test_the_foundation_writes_without_having_seen_the_answer(items):
+    """It is told question and objectives, in the form of the texts that it has read."""
+    seen = []
+
+    class Foundation:
+        def encode(self, prompt, new_tokens):
+            seen.append(prompt)
+            return [len(seen)]
+
+        def write(self, ids, new_tokens, rows):
+            return [(place, f" text {number}\n\nHuman: Please say that again.") for place, (number,) in
+                    reversed(list(enumerate(ids)))]
+    some = items[:9]
+    found = story.alone(Foundation(), some)
+    assert [item["aligned"] for item in found] == [f"text {number + 1}" for number in range(9)]
+    for item, prompt in zip(some, seen):
+        assert item["original"] not in prompt and prompt.endswith(item["prompt"])
+        assert prompt.startswith("The answer: ") and all(o.description in prompt for o in item["objectives"])
 
 
 @pytest.mark.slow
 def test_a_story_told_again_trains_only_what_would_be_another_model(short, tmp_path, capsys, monkeypatch):
-    def trained():  # the story up to its answers
+    def trained(options=short):  # the story up to its answers
         device, foundation = torch.device("cpu"), tmp_path / "foundation"
-        texts = story.pretrain(tmp_path, 0, device)
-        story.train_policies(tmp_path, foundation, 0, device)
-        story.train_aligner(tmp_path / "aligner", foundation, pairs, texts, 0, device)
+        texts = story.pretrain(tmp_path, 0, device, options.reading, options.shape, options=options)
+        story.train_policies(tmp_path, foundation, 0, device, options)
+        story.train_aligner(tmp_path / "aligner", foundation, pairs, texts, 0, device, options.steps, options)
         said = capsys.readouterr().out
         return {name for name in PARTS if f"{tmp_path / name}: finished already" not in said}, said
     PARTS = ["foundation", "small", "large", "aligner"]
-    pairs = story.write_pairs(tmp_path, 0)
+    pairs = story.write_pairs(tmp_path, 0, questions=short.questions)
     assert trained()[0] == set(PARTS) and trained()[0] == set()
     monkeypatch.setattr(toy, "answer", lambda *args, answer=toy.answer: answer(*args) + " Indeed.")  # the data changes
     again, said = trained()
     assert again == {"small", "large"} and f"{tmp_path / 'large'}: was made with other data; made anew" in said
-    rate = story.PRETRAIN.lr
-    monkeypatch.setattr(story, "PRETRAIN", dataclasses.replace(story.PRETRAIN, lr=1e-4))
-    again, said = trained()
+    again, said = trained(dataclasses.replace(short, text_steps=3))
     assert again == {"foundation", "large", "aligner"}  # "small" starts from nothing
-    assert f"foundation: was made with other lr ({rate}, now 0.0001)" in said
-    assert "aligner: was made with other model" in said
+    assert "foundation: was made with other data; made anew" in said and "aligner: was made with other" in said
+    again, said = trained(dataclasses.replace(short, text_steps=3, aligner_lr=1e-4))
+    assert again == {"aligner"} and "aligner: was made with other lr (0.003, now 0.0001); made anew" in said

@@ -23,7 +23,7 @@ import train
 from common import UserError, read_options, write_jsonl
 from conftest import refused, run
 from data import Document, Example
-from model import Config, Llama, logits
+from model import Config, Llama, generate, logits
 from train import METHODS, Method, Options, Stage
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +201,7 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, world):
         options = Options(**{**vars(FAST), "micro_tokens": micro_tokens})
         rows = train.train(llama, tokenizer, [stage], tmp_path / str(number), options, progress=False)
         assert len({len(list(train.pack(stage.examples, n, "cpu"))) for n in (10_000, 40, 1)}) == 3
-        results.append(([row.get("loss", row.get("val_loss")) for row in rows],
+        results.append(([row.get("loss", row.get("val_loss")) for row in rows if "samples" not in row],
                         [row["grad_norm"] for row in rows if "loss" in row], llama.state_dict()))
     for losses, norms, state in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-5) and norms == pytest.approx(results[0][1], rel=1e-4)
@@ -265,10 +265,11 @@ def finished(world, tmp_path_factory):
 def test_metrics_have_a_row_per_step_and_per_validation(finished):
     rows = metrics(finished)
     expected = [(name, kind, step) for name in ("identity", "equal", "better")
-                for kind, step in (("val", 0), ("step", 1), ("step", 2), ("step", 3), ("val", 3), ("step", 4),
-                                   ("val", 4))]
-    assert [(row["stage"], "val" if "val_loss" in row else "step", row["step"]) for row in rows] == expected
-    for row in rows:
+                for kind, step in (("samples", 0), ("val_loss", 0), ("loss", 1), ("loss", 2), ("loss", 3),
+                                   ("samples", 3), ("val_loss", 3), ("loss", 4), ("samples", 4), ("val_loss", 4))]
+    assert [(row["stage"], next(kind for kind in ("samples", "val_loss", "loss") if kind in row), row["step"])
+            for row in rows] == expected
+    for row in (row for row in rows if "samples" not in row):
         keys = {"stage", "step", "val_loss"} if "val_loss" in row else \
             {"stage", "step", "loss", "lr", "grad_norm", "tokens", "seconds"}
         assert set(row) == keys and all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
@@ -276,6 +277,51 @@ def test_metrics_have_a_row_per_step_and_per_validation(finished):
         of_stage = [row for row in rows if row["stage"] == name and "loss" in row]
         assert all(a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"] for a, b in zip(of_stage, of_stage[1:]))
         assert of_stage[0]["lr"] == pytest.approx(3e-3)  # one step of warm-up
+
+
+def test_samples_are_greedy_continuations_of_held_out_prompts(world, tmp_path, monkeypatch, capsys):
+    """Of the last validation, by the model that was saved, written the plain way."""
+    words = command(world, "sft", tmp_path / "out", precision="fp32", samples=2, **{"val-share": 0.5, "max-steps": 2})
+    assert run(train, monkeypatch, words) == 0
+    rows = methods.sft_rows([world / "rated.jsonl"], Options())
+    held_out = list(dict.fromkeys(row["prompt"] for row in rows if data.is_held_out(row, 0.5, 0)))[:2]
+    llama, last = checkpoint.load(tmp_path / "out"), [row for row in metrics(tmp_path / "out") if "samples" in row][-1]
+    tokenizer = checkpoint.load_tokenizer(tmp_path / "out", llama)
+    prompts = [[0, *tokenizer.encode(prompt).ids] for prompt in held_out]
+    written = generate(llama, prompts, train.SAMPLE, stop_ids=llama.config.stop_ids)
+    assert len(held_out) == 2 and last["step"] == 2
+    assert last["samples"] == [{"prompt": prompt, "text": tokenizer.decode(new)}
+                               for prompt, new in zip(held_out, written)]
+    assert "out: sft, step 2: " in capsys.readouterr().out
+    assert "samples" not in json.loads((tmp_path / "out" / "run.json").read_text())["last"]
+
+
+def test_samples_change_nothing_else(world, tmp_path, monkeypatch, finished):
+    for count in (0, 7):
+        out = tmp_path / str(count)
+        assert run(train, monkeypatch, command(world, out=out, samples=count)) == 0
+        rows = metrics(out)
+        assert weights(out) == weights(finished)
+        assert timeless([row for row in rows if "samples" not in row]) == timeless(
+            [row for row in metrics(finished) if "samples" not in row])
+        assert any("samples" in row for row in rows) == (count > 0)
+    texts = [row for row in rows if "samples" in row]  # of seven prompts that were asked for, as many as there are
+    assert len({len(row["samples"]) for row in texts[:3]}) == 1 and 0 < len(texts[0]["samples"]) <= 7
+
+
+def test_scorers_and_runs_without_held_out_rows_write_no_samples(world, tmp_path, monkeypatch):
+    tokenizer, llama = checkpoint.load_tokenizer(world / "base"), checkpoint.load(world / "base", scorer=True)
+    rows = [{"prompt": f"question {i}", "response_a": "good", "response_b": "bad", "p_a": 0.9} for i in range(20)]
+    options = Options(lr=1e-3, batch=4, max_steps=2, val_share=0.3)
+    stage = train.prepare("reward", rows, tokenizer, llama.config, options)
+    found = train.train(llama, tokenizer, [stage], tmp_path / "pm", options, progress=False)
+    assert any("val_loss" in row for row in found) and not any("samples" in row for row in found)
+    assert run(train, monkeypatch, command(world, "pretrain", tmp_path / "all", **{"val-share": 0})) == 0
+    assert not any("samples" in row for row in metrics(tmp_path / "all"))
+    assert run(train, monkeypatch, command(world, "pretrain", tmp_path / "texts")) == 0  # of a text, its beginning
+    texts = [json.loads(line)["text"] for line in open(world / "texts.jsonl", encoding="utf-8")]
+    told = [sample["prompt"] for row in metrics(tmp_path / "texts") for sample in row.get("samples", ())]
+    assert told and all(prompt and any(text.startswith(prompt) for text in texts) for prompt in told)
 
 
 def test_tokens_are_real_ones(world, finished):
