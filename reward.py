@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 import data
+import files
 import formats
 import train
 from eval import mean_and_interval
