@@ -21,6 +21,7 @@ from common import (UserError, add_options, check_out, cli, digest, lasting, mak
 import torch
 from tqdm import tqdm
 
+import chat
 import checkpoint
 import data
 import formats
@@ -57,13 +58,14 @@ DRAFT = 15  # tokens looked up per step, at most: edits are mostly copied (see g
 
 
 class Writer:
-    """A Llama with its tokenizer: texts in, texts out."""
+    """A Llama with its tokenizer: texts in, texts out. chat_template: "auto", as the model was trained, or "plain"."""
 
-    def __init__(self, folder, device=None):
+    def __init__(self, folder, device=None, chat_template="auto"):
         device = device_named(device)
         dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
         self.llama = prepack(checkpoint.load(folder, dtype, device).eval())
-        self.tokenizer = checkpoint.load_tokenizer(folder, self.llama)
+        tokenizer = checkpoint.load_tokenizer(folder, self.llama)
+        self.tokenizer = chat.with_template(tokenizer, folder, self.llama.config, chat_template)
         self.acceptance = Acceptance()
 
     def encode(self, prompt, new_tokens, context=None):
@@ -86,8 +88,13 @@ def is_url(policy):
     return policy.startswith(("http://", "https://"))
 
 
+def fingerprint(policy, chat_template):
+    """All that is known of how a Llama in a folder, or a server, answers."""
+    return policy if is_url(policy) else [checkpoint.fingerprint(policy), chat.fingerprint(policy, chat_template)]
+
+
 def policy_answers(items, policy, policy_model="default", cache=None, device=None, max_new_tokens=1024, temperature=0.0,
-                   batch=32, seed=0):
+                   batch=32, seed=0, chat_template="auto"):
     """Yield (place, answer) of items {"index", "prompt"}, as they are done, by a Llama in a folder or a server at a
     URL. The answer is None to a prompt that does not fit the policy's context, "" where the policy said nothing.
     cache: a file of the server's replies."""
@@ -100,7 +107,7 @@ def policy_answers(items, policy, policy_model="default", cache=None, device=Non
         with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
             yield from enumerate(in_parallel(ask, items, 8))
         return
-    writer = Writer(policy, device)
+    writer = Writer(policy, device, chat_template)
     new_tokens = min(max_new_tokens, writer.llama.config.max_position_embeddings // 2)
     prompts = [writer.encode(item["prompt"], new_tokens, [0, len(item["prompt"])]) for item in items]
     fitting = [i for i, prompt in enumerate(prompts) if prompt]
@@ -223,6 +230,8 @@ def arguments(argv=None):
     add("--policy-model", default="default", metavar="NAME", help="the model's name on that server")
     add("--queries", metavar="FILE", help="file with the queries, for outputs that lack them")
     add("--template", metavar="FILE", help="JSON with the prompt template that the aligner was trained with")
+    add("--chat-template", choices=["auto", "plain"], default="auto", help="auto: ask aligner and policy by their own "
+        "chat templates, where their folders have one and they were not trained without it; plain: without")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N answers, or prompts")
     add_options(parser, Options)
     add_options(parser, Sampling)
@@ -266,7 +275,8 @@ def main():
     wanted = args.objectives or DEFAULT
     objectives = asked_for(wanted)
     if args.interactive:
-        interactive(Writer(args.model, args.device), wanted, template, **vars(options), **vars(sampling))
+        aligner = Writer(args.model, args.device, args.chat_template)
+        interactive(aligner, wanted, template, **vars(options), **vars(sampling))
     else:
         edit_files(args, options, sampling, template, objectives if args.objectives else None)
 
@@ -287,15 +297,17 @@ def edit_files(args, options, sampling, template, objectives):
                         "whose answers are to be edited")
     if Path(args.out).exists():
         note(f"{args.out}: exists already; it is replaced when all is done")
-    aligner = Writer(args.model, args.device)
-    policy = checkpoint.fingerprint(args.policy) if unanswered and not is_url(args.policy) else args.policy
-    journal = Journal(args.out, digest(checkpoint.fingerprint(args.model), policy, args.policy_model, lasting(options),
+    aligner = Writer(args.model, args.device, args.chat_template)
+    policy = fingerprint(args.policy, args.chat_template) if unanswered else args.policy
+    journal = Journal(args.out, digest(fingerprint(args.model, args.chat_template), policy, args.policy_model,
+                                       lasting(options),
                                        vars(sampling), items, template))
     for item in items:
         item.update(journal.rows.get(item["index"], {}))
     if asked := [item for item in unanswered if "original" not in item]:
         answers = policy_answers(asked, args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device,
-                                 options.max_new_tokens, sampling.temperature, options.batch, options.seed)
+                                 options.max_new_tokens, sampling.temperature, options.batch, options.seed,
+                                 args.chat_template)
         for i, text in tqdm(answers, "policy answers", len(asked), unit=" answers"):
             asked[i]["original"] = text
             if text or not is_url(args.policy):  # after a kill, a server is asked again

@@ -18,18 +18,19 @@ import re
 from pathlib import Path
 
 from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, read_options,
-                    seed_from, write_jsonl, write_text)
+                    seed_from, write_jsonl)
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import chat
 import checkpoint
 import data
 import formats
 import methods
 import train
-from align import Writer
+from align import Writer, fingerprint
 from feedback import Answering
 from files import shorten
 from generate import Acceptance, prepack
@@ -44,15 +45,16 @@ CACHED = (*TOKENS, "num_key_value_heads", "head_dim")        # log-probabilities
 SHAPE = [name for name in vars(Config()) if name != "max_position_embeddings"]  # both; for an average of weights
 
 
-def load_alike(folders, same, dtype=torch.float32, device="cpu"):
-    """Yield (Llama, tokenizer) of each folder, an adapter merged into its base. UserError for one whose tokenizer, or
-    whose number of a name in `same`, is not the first one's."""
+def load_alike(folders, same, dtype=torch.float32, device="cpu", chat_template="auto"):
+    """Yield (Llama, tokenizer) of each folder, an adapter merged into its base. UserError for one whose tokenizer or
+    chat template, or whose number of a name in `same`, is not the first one's."""
     first = None
     for folder in folders:
         llama = checkpoint.load(folder, dtype, device).eval()
         tokenizer = checkpoint.load_tokenizer(folder, llama)
         tokenizer.no_truncation()  # how long a text may be is no difference; neither is padding, which is off already
-        found = {**{name: getattr(llama.config, name) for name in same}, "tokenizer": tokenizer.to_str()}
+        tokenizer = chat.with_template(tokenizer, folder, llama.config, chat_template)
+        found = {**{name: getattr(llama.config, name) for name in same}, **chat.settings_of(tokenizer)}
         first = first or found
         if other := [name for name in found if found[name] != first[name]]:
             raise UserError(f"{folder}: has another {shorten(other)} than {folders[0]}; join models that were trained "
@@ -101,7 +103,7 @@ def run_soup(folders, weights, out):
         raise UserError(f"{out}: holds a model already; choose another --out")
     llama = soup(folders, weights)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "tokenizer.json", checkpoint.load_tokenizer(folders[0], llama).to_str())
+    chat.save(chat.with_template(checkpoint.load_tokenizer(folders[0], llama), folders[0], llama.config), out)
     checkpoint.save(llama, out)
     print(f"{out}: " + " + ".join(f"{weight:g} * {folder}" for weight, folder in zip(weights, folders)))
 
@@ -160,10 +162,10 @@ class Product(nn.Module):
 class ProductWriter(Writer):
     """An align.Writer, of the Product of the models in folders."""
 
-    def __init__(self, folders, weights, device=None):
+    def __init__(self, folders, weights, device=None, chat_template="auto"):
         device = device_named(device)
         dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
-        loaded = list(load_alike(folders, CACHED, dtype, device))
+        loaded = list(load_alike(folders, CACHED, dtype, device, chat_template))
         self.llama = Product([prepack(llama) for llama, _ in loaded], weights)
         self.tokenizer, self.acceptance = loaded[0][1], Acceptance()
 
@@ -174,8 +176,9 @@ def run_answer(folders, weights, files, out, limit, device, options):
     weights, count = shares(weights, folders), options.responses
     rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
-    writer = ProductWriter(folders, weights, device)
-    journal = Journal(out, digest([*map(checkpoint.fingerprint, folders)], weights, lasting(options), prompts))
+    writer = ProductWriter(folders, weights, device, options.chat_template)
+    models = [fingerprint(folder, options.chat_template) for folder in folders]
+    journal = Journal(out, digest(models, weights, lasting(options), prompts))
     new_tokens = min(options.max_new_tokens, writer.llama.config.max_position_embeddings // 2)
     ids = [writer.encode(prompt, new_tokens, [0, len(prompt)]) for prompt in prompts]
     fitting = [i for i in range(count * len(prompts)) if ids[i // count]]

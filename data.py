@@ -53,6 +53,7 @@ from common import UserError, add_options, check_out, cli, make_parser, number, 
 
 from tqdm import tqdm
 
+import chat
 from files import field, first_and_all, read_json, records, shorten, shown
 from formats import LABEL_MARGIN, SCORE_MARGIN, located_rated, read_pairs
 from objectives import OBJECTIVES, find_objectives, nearest
@@ -235,7 +236,6 @@ def is_held_out(row, share, seed=0):
 # Token ids
 
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
-PIECE = re.compile(r"\S{1,20}")
 
 
 @dataclass(slots=True)
@@ -263,7 +263,9 @@ def completions_of(row):
 
 
 def text_ids(tokenizer, texts):
-    """The ids of each text by a `tokenizers` Tokenizer: none added, none cut; a "</s>" in a text is text."""
+    """The ids of each text by a `tokenizers` Tokenizer: none added, none cut; a "</s>" in a text is text. Of a Chat,
+    without its template."""
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, chat.Chat) else tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -271,25 +273,34 @@ def text_ids(tokenizer, texts):
 
 
 def encode_prompt(tokenizer, prompt, bos_id, max_tokens=None, context=None):
-    """The ids of a prompt, after BOS (or None): the very ids that training puts before a completion.
+    """The ids of a prompt, after BOS (or None): the very ids that training puts before a completion. A Chat asks it by
+    its template, unless there is none: what is written after an empty prompt is a text.
 
     If there are more than max_tokens, the context ([start, end] in the prompt) loses its oldest turns, then the oldest
     words of its last turn. Returns None if the rest alone is too long."""
     begin = [] if bos_id is None else [bos_id]
-    ids = begin + text_ids(tokenizer, [prompt])[0]
+    dialogue = isinstance(tokenizer, chat.Chat) and chat.is_dialogue(prompt, context)
+
+    def ids_of(text):
+        if isinstance(tokenizer, chat.Chat) and prompt:
+            return tokenizer.prompt_ids(text, dialogue)
+        return begin + text_ids(tokenizer, [text])[0]
+
+    ids = ids_of(prompt)
     if max_tokens is None or len(ids) <= max_tokens:
         return ids
     start, end = context or (0, 0)
-    cuts = [match.end() for match in TURN.finditer(prompt, start, end)]
-    cuts += [match.start() for match in PIECE.finditer(prompt, max([start, *cuts]) + 1, end)]
+    places = chat.cuts(prompt, start, end) if dialogue else [match.end() for match in TURN.finditer(prompt, start, end)]
+    if not dialogue:
+        places += [match.start() for match in chat.PIECE.finditer(prompt, max([start, *places]) + 1, end)]
 
     def without(cut):
-        return begin + text_ids(tokenizer, [prompt[:start] + prompt[cut:]])[0]
+        return ids_of(prompt[:start] + chat.HUMAN * dialogue + prompt[cut:])
 
-    if not cuts or len(without(cuts[-1])) > max_tokens:
+    if not places or len(without(places[-1])) > max_tokens:
         return None
-    first = bisect.bisect_left(cuts, True, key=lambda cut: len(without(cut)) <= max_tokens)
-    return without(cuts[first])
+    first = bisect.bisect_left(places, True, key=lambda cut: len(without(cut)) <= max_tokens)
+    return without(places[first])
 
 
 def encode_document(tokenizer, prompt, completion, bos_id, eos_id, max_tokens=None, context=None):
@@ -303,17 +314,25 @@ def encode_document(tokenizer, prompt, completion, bos_id, eos_id, max_tokens=No
 
 def encode_documents(tokenizer, rows, bos_id, eos_id, max_tokens=None):
     """encode_document of rows {"prompt", "completion", "context"?}: a list of Documents, None where one is too long."""
-    prompts = text_ids(tokenizer, [row["prompt"] for row in rows])
-    completions = text_ids(tokenizer, [row["completion"] for row in rows])
-    begin, end = ([] if token is None else [token] for token in (bos_id, eos_id))
     documents = []
-    for row, prompt, completion in zip(rows, prompts, completions):
-        prompt, completion = begin + prompt, completion + end
+    for row, (prompt, completion) in zip(rows, encode_parts(tokenizer, rows, bos_id, eos_id)):
         if max_tokens is not None and len(prompt) + len(completion) > max_tokens:
             room = max_tokens - len(completion)
             prompt = encode_prompt(tokenizer, row["prompt"], bos_id, room, row.get("context"))
         documents.append(None if prompt is None else Document(array("i", prompt + completion), len(prompt)))
     return documents
+
+
+def encode_parts(tokenizer, rows, bos_id, eos_id):
+    """[(ids of the prompt, ids of the completion with what ends it)] of rows, however many; by a Chat, as its template
+    has a question and the answer to it."""
+    if isinstance(tokenizer, chat.Chat):
+        return [tokenizer.encode(row["prompt"], row["completion"], chat.is_dialogue(row["prompt"], row.get("context")))
+                if row["prompt"] else encode_parts(tokenizer.tokenizer, [row], bos_id, eos_id)[0] for row in rows]
+    prompts = text_ids(tokenizer, [row["prompt"] for row in rows])
+    completions = text_ids(tokenizer, [row["completion"] for row in rows])
+    begin, end = ([] if token is None else [token] for token in (bos_id, eos_id))
+    return [(begin + prompt, completion + end) for prompt, completion in zip(prompts, completions)]
 
 
 def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):

@@ -27,10 +27,10 @@ from common import (UserError, add_options, check_out, cli, digest, lasting, mak
 import numpy
 from tqdm import tqdm
 
-import checkpoint
+import chat
 import formats
 import toy
-from align import is_url, policy_answers
+from align import fingerprint, is_url, policy_answers
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
 from eval import JUDGE_PROMPT, POINTS, endpoint_judge
 from objectives import OBJECTIVES, PRINCIPLES, find_objectives
@@ -46,6 +46,7 @@ class Answering:
     responses: int = option(2, "answers to each prompt", 1, 100)
     temperature: float = option(1.0, "0 takes the likeliest token", 0, 1e9)
     max_new_tokens: int = option(256, "longest answer", 1, 10**9)
+    chat_template: str = chat.template_option()
     batch: int = option(64, "answers at a time", 1, 10**9, free=True)
     seed: int = option(0, "of the sampling", 0, 2**30)
 
@@ -57,7 +58,7 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
         check_out(path, files)
     rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
-    answered_by = policy if is_url(policy) else checkpoint.fingerprint(policy)
+    answered_by = fingerprint(policy, sampling.chat_template)
     journal = Journal(out, digest(answered_by, policy_model, lasting(sampling), prompts))
     count, answered = sampling.responses, {index: row["text"] for index, row in journal.rows.items()}
     items = [{"index": index, "prompt": prompts[index // count]} for index in range(len(prompts) * count)]
@@ -67,7 +68,8 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
             if not todo:
                 continue
             answers = policy_answers(todo, policy, policy_model, cache, device, sampling.max_new_tokens,
-                                     sampling.temperature, sampling.batch, seed=sampling.seed * count + place)
+                                     sampling.temperature, sampling.batch, seed=sampling.seed * count + place,
+                                     chat_template=sampling.chat_template)
             for i, text in answers:
                 answered[todo[i]["index"]] = text
                 if text or not is_url(policy):  # a server that said nothing is asked again when a killed run goes on
@@ -415,6 +417,8 @@ def main():
     if args.command == "answer":
         if is_url(args.policy) and not args.policy_model:
             answer.error("--policy URL needs --policy-model")
+        if is_url(args.policy):
+            refuse_given(answer, args, ["chat_template"], "is for a folder; a server knows its model's own")
         run_answer(args.files, args.policy, args.policy_model, args.out, args.limit, args.device,
                    read_options(Answering, args))
     else:

@@ -26,12 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, option, read_options,
-                    refuse_given, seed_from, write_text)
+                    refuse_given, seed_from)
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import chat
 import checkpoint
 import data
 import formats
@@ -74,6 +75,7 @@ class Options:
     norm_adv: bool = option(True, "give an iteration's advantages mean 0 and deviation 1")
     scale_reward: bool = option(True, "divide rewards by their running deviation, and cut them at +-10")
     unfinished_penalty: float = option(1.0, "subtracted from the reward of a response that does not end", 0, 1e6)
+    chat_template: str = chat.template_option()
     lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
     bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
     micro_tokens: int = option(16384, "tokens per forward pass; lower it when memory runs out", 1, 10**9, free=True)
@@ -199,7 +201,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
                 run.save(agent=train.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
                 saved = time.perf_counter()
-    write_text(run.out / "tokenizer.json", tokenizer.to_str())
+    chat.save(tokenizer, run.out)
     checkpoint.save(policy, out)
     return run.finish()
 
@@ -232,7 +234,7 @@ def settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, opt
     return {**lasting(options), "data": digest(prompts), "rewards": [list(rewards.names), rewards.fingerprint],
             "weights": list(map(float, weights)), "scalarization": scalarization,
             "model": digest(checkpoint.weights_digest(policy), vars(policy.config)),
-            "tokenizer": digest(tokenizer.to_str())}
+            **chat.settings_of(tokenizer)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -555,7 +557,7 @@ def main():
     rewards = Together(args.reward, device)
     weights = reward.read_weights(args.weights, rewards.names, rewards.fingerprint)
     policy = train.start_from(args.model, "ppo", device, options)
-    tokenizer = checkpoint.load_tokenizer(args.model, policy)
+    tokenizer = train.load_tokenizer(args.model, policy, options, None if args.overwrite else args.out)
     rows = formats.read_all(args.data, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "

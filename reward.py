@@ -45,7 +45,7 @@ def train_principles(base, rows, out, options, device, overwrite=False, about=No
         checkpoint.check_folder(folder, [base])
     for folder, labels in zip(folders, by_principle.values()):
         llama = train.start_from(base, "reward", device, options)
-        tokenizer = checkpoint.load_tokenizer(base, llama)
+        tokenizer = train.load_tokenizer(base, llama, options, None if overwrite else folder)
         stage = train.prepare("reward", labels, tokenizer, llama.config, options)
         about_it = {"base": str(base), "principle": folder.name, "device": str(device), **(about or {})}
         train.train(llama, tokenizer, [stage], folder, options, True, overwrite, about_it, progress)

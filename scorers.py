@@ -9,6 +9,7 @@ from common import UserError
 
 import torch
 
+import chat
 import checkpoint
 import data
 import files
@@ -33,7 +34,8 @@ class Scorers:
     @property
     def fingerprint(self):
         """{name: a checksum of the model}: others for models that score otherwise."""
-        return {name: checkpoint.fingerprint(folder) for name, folder in zip(self.names, self.folders)}
+        return {name: checkpoint.fingerprint(folder) + (chat.fingerprint(folder) or "")
+                for name, folder in zip(self.names, self.folders)}
 
     def load(self, folders):
         """The adapters of one base, or the one whole model, and its tokenizer."""
@@ -49,7 +51,8 @@ class Scorers:
         if len(llama.score.weight) != len(folders):
             raise UserError(f"{', '.join(map(str, folders))}: {len(llama.score.weight)} scalar heads; give preference "
                             "models with one each")
-        return llama.eval(), checkpoint.load_tokenizer(folders[0], llama)
+        tokenizer = chat.with_template(checkpoint.load_tokenizer(folders[0], llama), folders[0], llama.config)
+        return llama.eval(), tokenizer
 
     @torch.inference_mode()
     def score(self, prompts, responses, micro_tokens=8192):

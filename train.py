@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import (UserError, add_options, cli, digest, file_digest, lasting, make_parser, number, option,
-                    read_options, refuse_given, seed_from, write_text)
+                    read_options, refuse_given, seed_from)
 
 import torch
 from tqdm import tqdm
 
+import chat
 import checkpoint
 import data
 import formats
@@ -37,7 +38,7 @@ from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
-from resume import Run, read_metrics
+from resume import Run, read_metrics, read_run
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Options:
     warmup: float = option(0.05, "share of the steps in which the rate rises; a cosine to zero follows", 0, 1)
     epochs: float = option(2.0, "passes over the examples, for each step of an aligner", 1e-9, 1e9)
     batch: int = option(512, "examples per optimizer step", 1, 10**9)
+    chat_template: str = chat.template_option()
     max_tokens: int = option(4096, "longest example; older turns are dropped", 2, 10**9)
     micro_tokens: int = option(16384, "tokens per forward pass; lower it when memory runs out", 1, 10**9, free=True)
     max_grad_norm: float = option(1.0, "longer gradients are cut to this", 1e-9, 1e9)
@@ -273,7 +275,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                     saved = time.perf_counter()
         if place + 1 < len(stages):
             run.save(model=trained(llama), stage=place + 1, step=0)
-    write_text(run.out / "tokenizer.json", tokenizer.to_str())
+    chat.save(tokenizer, run.out)
     checkpoint.save(llama, out)
     if options.merge:
         checkpoint.merge(out)
@@ -287,7 +289,7 @@ def settings_of(llama, tokenizer, stages, options):
     if any(stage.method.batch_mean for stage in stages):
         settings["micro_tokens"] = options.micro_tokens  # it decides what the mean is over
     return {**settings, "data": plan(stages), "model": digest(checkpoint.weights_digest(llama), vars(llama.config)),
-            "tokenizer": digest(tokenizer.to_str())}
+            **chat.settings_of(tokenizer)}
 
 
 def train_step(llama, optimizer, batches, method, rate, options):
@@ -466,6 +468,14 @@ def start_from(folder, name, device, options):
     return add_lora(checkpoint.load(folder, frozen, device, scorer), options.lora_rank, folder, seed=options.seed)
 
 
+def load_tokenizer(folder, llama, options, out=None):
+    """The tokenizer in a model's folder, behind its chat template where options say so; llama.config is told what ends
+    an answer then. out: the folder of the run, where it goes on."""
+    began = read_run(out).get("began") if out else None
+    tokenizer = checkpoint.load_tokenizer(folder, llama)
+    return chat.with_template(tokenizer, folder, llama.config, options.chat_template, began)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -510,7 +520,7 @@ def main():
     options, device = read_options(Options, args), device_named(args.device)
     checkpoint.check_folder(args.out, [args.model])
     llama = start_from(args.model, args.names[0], device, options)
-    tokenizer = checkpoint.load_tokenizer(args.model, llama)
+    tokenizer = load_tokenizer(args.model, llama, options, None if args.overwrite else args.out)
     replay = [text for path in args.replay for text in formats.read_texts(path)]
     share = 0.15 if args.replay_share is None else args.replay_share
     stages = []

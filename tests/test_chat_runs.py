@@ -1,0 +1,190 @@
+"""Chat templates in whole runs of an instruct model: training, answers, edits, preference models, rollouts."""
+import json
+import shutil
+
+import pytest
+
+import align
+import chat
+import checkpoint
+import combine
+import data
+import feedback
+import ppo
+import reward
+import scorers
+import train
+from common import UserError
+from conftest import refused, run, write
+from model import Config, Llama
+from resume import read_run
+from test_chat import BY_HAND, DIALOGUE, LLAMA_3, QWEN, SIZES, SPECIAL, byte_level_tokenizer, instruct
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with "instruct", an untrained model with a ChatML template, and data of two questions."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = byte_level_tokenizer()
+    instruct(folder / "instruct", QWEN, tokenizer)
+    checkpoint.save(Llama(Config(vocab_size=tokenizer.get_vocab_size(), **SIZES)), folder / "instruct")
+    (folder / "instruct" / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
+    write(folder / "sft.jsonl", *[{"prompt": prompt, "completion": answer} for prompt, answer in
+                                  ((DIALOGUE, "Salt it."), ("How do I cook rice?", "With water."))] * 8)
+    write(folder / "prompts.jsonl", {"prompt": DIALOGUE}, {"prompt": "How do I cook rice?"})
+    write(folder / "pairs.jsonl", *[{"prompt": DIALOGUE, "chosen": "Salt it.", "rejected": "No."}] * 4)
+    return folder
+
+
+def trained(world, method, out, source, *extra, base=None):
+    settings = {"lr": 1e-2, "batch": 4, "max-steps": 2, "val-share": 0, "device": "cpu", "max-tokens": 400}
+    words = [method, "--model", base or world / "instruct", "--data", world / source, "--out", out]
+    return [*words, *[word for name, value in settings.items() for word in (f"--{name}", value)], *extra]
+
+
+@pytest.fixture(scope="module")
+def taught(world):
+    """The model after it has learned both answers by heart."""
+    with pytest.MonkeyPatch.context() as patch:
+        words = trained(world, "sft", world / "taught", "sft.jsonl", "--epochs", 99, "--max-steps", 60)
+        assert run(train, patch, words) == 0
+    return world / "taught"
+
+
+def test_what_was_trained_with_a_template_is_asked_with_it_and_ends_with_it(world, taught, tmp_path, monkeypatch):
+    """It says by heart what it learned, and no more; asked without the template, it does not."""
+    found = {}
+    for how in ("auto", "plain"):
+        words = ["answer", world / "prompts.jsonl", "--policy", taught, "--out", tmp_path / how, "--temperature", 0,
+                 "--responses", 1, "--device", "cpu", "--max-new-tokens", 20, "--chat-template", how]
+        assert run(feedback, monkeypatch, words) == 0
+        found[how] = [json.loads(line)["responses"][0]["text"] for line in (tmp_path / how).read_text().splitlines()]
+    assert found["auto"] == ["Salt it.", "With water."] and found["plain"] != found["auto"]
+    config = json.loads((taught / "config.json").read_text())
+    assert config["eos_token_id"] == [4, 2]
+    assert read_run(taught)["settings"]["chat_template"] == chat.fingerprint(taught)
+
+
+def test_a_policys_and_an_aligners_template_are_found_by_align(world, taught, tmp_path, monkeypatch):
+    asked = []
+    write_to = align.Writer.write
+
+    def watched(self, prompts, *rest, **options):
+        asked.append([self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts])
+        return write_to(self, prompts, *rest, **options)
+    monkeypatch.setattr(align.Writer, "write", watched)
+    words = ["--model", taught, "--policy", taught, "--data", world / "prompts.jsonl", "--out", tmp_path / "o.jsonl",
+             "--objectives", "helpful", "--max-new-tokens", 12, "--device", "cpu"]
+    assert run(align, monkeypatch, words) == 0
+    policy, aligner = asked
+    assert policy[1] == ("<|im_start|>system\nBe of use.<|im_end|>\n<|im_start|>user\nHow do I cook rice?<|im_end|>\n"
+                         "<|im_start|>assistant\n")
+    text, _ = data.aligner_prompt("How do I cook rice?", "With water.", [data.OBJECTIVES["helpful"]])
+    assert aligner[1] == policy[1].replace("How do I cook rice?", text)
+
+
+def test_an_answer_to_another_template_is_not_taken(world, taught, tmp_path, monkeypatch, capsys):
+    """A killed align.py does not go on, nor does train.py give what it has, when the template has changed since."""
+    for name in ("model", "policy"):
+        shutil.copytree(taught, tmp_path / name)
+    words = ["--model", tmp_path / "model", "--policy", tmp_path / "policy", "--data", world / "prompts.jsonl", "--out",
+             tmp_path / "o.jsonl", "--objectives", "helpful", "--max-new-tokens", 4, "--device", "cpu"]
+
+    def stop(*_):
+        raise UserError("stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "write_rows", stop)
+        assert run(align, patch, words) == 2
+    for name in ("model", "policy"):
+        instruct(tmp_path / name, QWEN.replace("of use", "kind"))
+        refused(align, monkeypatch, capsys, words, "run with other settings")
+        instruct(tmp_path / name, QWEN)
+    refused(align, monkeypatch, capsys, [*words, "--chat-template", "plain"], "run with other settings")
+    assert run(align, monkeypatch, words) == 0
+    again = trained(world, "sft", tmp_path / "out", "sft.jsonl", base=tmp_path / "model")
+    assert run(train, monkeypatch, again) == 0
+    assert run(train, monkeypatch, again) == 0 and "finished already" in capsys.readouterr().out
+    instruct(tmp_path / "model", QWEN.replace("of use", "kind"))
+    refused(train, monkeypatch, capsys, again, "other", "chat_template", "data")
+
+
+def test_what_was_trained_without_a_template_is_asked_without(world, tmp_path, monkeypatch):
+    """Also where a template lies beside the model, and also as a base."""
+    out = tmp_path / "out"
+    assert run(train, monkeypatch, trained(world, "sft", out, "sft.jsonl", "--chat-template", "plain")) == 0
+    chat.carry(world / "instruct", out)
+    assert (out / "tokenizer_config.json").exists() and not isinstance(align.Writer(out, "cpu").tokenizer, chat.Chat)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
+    assert run(train, monkeypatch, trained(world, "sft", tmp_path / "on", "sft.jsonl", base=out)) == 0
+    assert read_run(tmp_path / "on")["settings"]["chat_template"] is None
+
+
+def test_another_models_template_does_not_outlive_it(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "instruct", tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text(LLAMA_3)
+    out = tmp_path / "out"
+    assert run(train, monkeypatch, trained(world, "sft", out, "sft.jsonl", base=tmp_path / "other")) == 0
+    assert (out / "chat_template.jinja").read_text() == LLAMA_3
+    assert run(train, monkeypatch, trained(world, "sft", out, "sft.jsonl", "--overwrite")) == 0
+    assert not (out / "chat_template.jinja").exists() and chat.fingerprint(out) == chat.fingerprint(world / "instruct")
+
+
+@pytest.mark.parametrize("method, extra", [("dpo", []), ("simpo", []), ("dpo", ["--lora-rank", 2])])
+def test_preferences_are_learned_behind_the_template(method, extra, world, tmp_path, monkeypatch):
+    seen, packed = [], train.pack
+    monkeypatch.setattr(train, "pack", lambda examples, *rest: seen.extend(examples) or packed(examples, *rest))
+    assert run(train, monkeypatch, trained(world, method, tmp_path / "out", "pairs.jsonl", *extra)) == 0
+    prompt = BY_HAND["qwen"].replace("Be brief.", "Be of use.")
+    tokenizer = align.Writer(tmp_path / "out", "cpu").tokenizer
+    assert [tokenizer.tokenizer.decode(list(document.ids), skip_special_tokens=False)
+            for document in seen[0].documents] == [f"{prompt}Salt it.<|im_end|>", f"{prompt}No.<|im_end|>"]
+
+
+def test_rollouts_are_asked_behind_the_template_and_end_with_it(world, taught, tmp_path):
+    options = ppo.Options(rollouts=2, max_new_tokens=20, precision="fp32")
+    llama = checkpoint.load(taught)
+    tokenizer = train.load_tokenizer(taught, llama, options)
+    prompts = ppo.encode_prompts(tokenizer, [DIALOGUE, "How do I cook rice?"], llama.config, options)
+    rollouts = ppo.sample_rollouts(llama, tokenizer, prompts, 0, options)
+    assert {rollout.response for rollout in rollouts} == {"Salt it.", "With water."}
+    for rollout in rollouts:
+        ids = list(rollout.document.ids)
+        assert rollout.finished and ids[-1] == SPECIAL.index("<|im_end|>") and ids[0] == SPECIAL.index("<|im_start|>")
+    plain = chat.settings_of(checkpoint.load_tokenizer(taught))
+    assert {name for name in plain if plain[name] != chat.settings_of(tokenizer)[name]} == {"chat_template"}
+
+
+def test_a_preference_model_scores_behind_the_template_that_it_was_trained_with(world, tmp_path, monkeypatch):
+    words = [str(word) for word in trained(world, "train", tmp_path / "pms", "pairs.jsonl")]
+    words.insert(1, words.pop(words.index("--data") + 1))
+    words.remove("--data")
+    assert run(reward, monkeypatch, words) == 0
+    model, seen, scores = scorers.Scorers([tmp_path / "pms" / "overall"], "cpu"), [], scorers.document_scores
+    monkeypatch.setattr(scorers, "document_scores", lambda llama, tokens, *rest: seen.append(tokens.tolist())
+                        or scores(llama, tokens, *rest))
+    model.score([DIALOGUE], ["Salt it."])
+    said = checkpoint.load_tokenizer(world / "instruct").decode(seen[0], skip_special_tokens=False)
+    assert said == BY_HAND["qwen"].replace("Be brief.", "Be of use.") + "Salt it.<|im_end|>"
+    before = model.fingerprint["overall"]
+    instruct(tmp_path / "pms" / "overall", LLAMA_3)
+    assert model.fingerprint["overall"] != before
+
+
+def test_models_with_other_templates_are_not_joined(world, taught, tmp_path, monkeypatch, capsys):
+    shutil.copytree(taught, tmp_path / "other")
+    words = ["soup", taught, tmp_path / "other", "--weights", 1, 1, "--out", tmp_path / "soup"]
+    assert run(combine, monkeypatch, words) == 0
+    assert chat.fingerprint(tmp_path / "soup") == chat.fingerprint(taught)
+    instruct(tmp_path / "other", QWEN.replace("of use", "kind"))
+    refused(combine, monkeypatch, capsys, [*words[:-1], tmp_path / "2"], "another chat_template")
+
+
+def test_chat_template_is_refused_for_a_server(tmp_path, monkeypatch, capsys):
+    words = ["answer", "p.jsonl", "--policy", "http://localhost:1", "--policy-model", "x", "--out", tmp_path / "o",
+             "--chat-template", "plain"]
+    refused(feedback, monkeypatch, capsys, words, "--chat-template is for a folder")
+
+
+def test_the_option_has_the_two_values(monkeypatch, capsys, world):
+    words = trained(world, "sft", "out", "sft.jsonl", "--chat-template", "file.jinja")
+    refused(train, monkeypatch, capsys, words, "--chat-template", "auto", "plain")
