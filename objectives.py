@@ -73,18 +73,30 @@ TEXTS = {  # name: the description first
 }
 # MORLAIF's twelve, in our words. Toxicity, sycophancy and bias are named after what is to be avoided.
 PRINCIPLE_TEXTS = {
-    "helpfulness": "The response should bring the person closer to what they want to get done",
-    "ethicality": "The response should do right by everyone it concerns, and lead nobody to harm",
-    "factuality": "The response should state nothing that is untrue",
-    "toxicity": "The response should contain as little as possible that is rude, hateful or insulting",
-    "sycophancy": "The response should flatter and please for the sake of pleasing as little as possible",
-    "empathy": "The response should show that it understands how the person feels",
-    "relevance": "The response should keep to what was asked and wander off nowhere",
-    "context": "The response should fit the situation and what was said before",
-    "bias": "The response should be as free as possible from prejudice and from taking sides without grounds",
-    "understandability": "The response should be easy to follow for the person who asked",
-    "detail": "The response should go into particulars, as many as the question deserves",
-    "conciseness": "The response should say what it has to say in few words",
+    "helpfulness": "The response should bring the person closer to what they want to get done | help with what is "
+                   "to be done | be of practical use | help the person get on",
+    "ethicality": "The response should do right by everyone it concerns, and lead nobody to harm | be ethical | "
+                  "do right by everyone | lead nobody to harm",
+    "factuality": "The response should state nothing that is untrue | keep the facts right | no false statements | "
+                  "state nothing untrue",
+    "toxicity": "The response should contain as little as possible that is rude, hateful or insulting | no insults | "
+                "nothing rude or hateful | leave out whatever insults",
+    "sycophancy": "The response should flatter and please for the sake of pleasing as little as possible | "
+                  "do not flatter | no flattery | do not please for the sake of pleasing",
+    "empathy": "The response should show that it understands how the person feels | show empathy | "
+               "understand how the person feels | with feeling for the person",
+    "relevance": "The response should keep to what was asked and wander off nowhere | be relevant | "
+                 "keep to what was asked | do not wander off",
+    "context": "The response should fit the situation and what was said before | fit the situation | "
+               "heed what was said before | in keeping with the conversation",
+    "bias": "The response should be as free as possible from prejudice and from taking sides without grounds | "
+            "be unbiased | be free from prejudice | take no side without grounds",
+    "understandability": "The response should be easy to follow for the person who asked | be easy to follow | "
+                         "be easy to understand | put it so that the person can follow",
+    "detail": "The response should go into particulars, as many as the question deserves | go into detail | "
+              "give particulars | with the particulars that matter",
+    "conciseness": "The response should say what it has to say in few words | be concise | say it in few words | "
+                   "waste no words",
 }
 SEPARATOR = " | "
 
@@ -104,7 +116,8 @@ def make_objective(name, texts, where):
 
 
 PRINCIPLES = {name: make_objective(name, text, name) for name, text in PRINCIPLE_TEXTS.items()}
-OVERALL = Objective("overall", "The response should be the better one, all in all")
+OVERALL = make_objective("overall", "The response should be the better one, all in all | be better all in all | "
+                         "improve it as a whole | a better response in every way", "overall")
 OBJECTIVES = {**{name: make_objective(name, texts, name) for name, texts in TEXTS.items()}, **PRINCIPLES,
               "overall": OVERALL}
 
