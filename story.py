@@ -83,8 +83,8 @@ class Options:
 RECIPE = Options()
 FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
 PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.15)
-QUICK = dict(layers=2, width=128, word_steps=60, text_steps=80, small_steps=60, large_steps=20, identity_steps=20,
-             equal_steps=5, better_steps=80, questions=500, prompts=6)
+QUICK = dict(layers=2, width=128, word_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
+             equal_steps=5, better_steps=60, questions=500, prompts=6)
 QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows that all works and what the report looks "
               "like; of what the method can do it shows nothing.")
 

@@ -269,19 +269,21 @@ def test_another_of_the_nine_is_asked_for_and_judged_on_the_first(items):
         assert {**other, **{key: item[key] for key in ("names", "objectives")}} == {**item, "judged": item["names"]}
 
 
-def test_doubts_are_what_they_would_be_by_hand():
+@pytest.mark.parametrize("seed", range(6))  # of the golden answers: with a joke and without, polite and not
+def test_doubts_are_what_they_would_be_by_hand(seed):
     """A joke appended: all of humour, nothing of politeness."""
     before = STEPS[0]
     item = edit(["humour"], before, text(before, JOKE), "one of the nine")
     asked_another = {**edit(["polite"], before, text(before, toy.SENTENCES["courtesy"][0]), "one of the nine"),
                      "judged": ["humour"]}
     nine = edit(list(toy.NAMED), before, before, "all nine")
-    found = measure.doubts({"edits": [item, nine], "copy": [{**item, "aligned": before}], "other": [asked_another]})
+    found = measure.doubts({"edits": [item, nine], "copy": [{**item, "aligned": before}], "other": [asked_another]},
+                           seed)
     assert list(found) == ["all nine: edits", "one of the nine: edits", "one of the nine: copy",
                            "one of the nine: other"]
     assert [found[f"one of the nine: {who}"]["net"]["mean"] for who in ("edits", "copy", "other")] == [100, 0, 0]
     assert all(found[f"one of the nine: {who}"]["kept"]["mean"] == 100 for who in ("edits", "copy", "other"))
-    golden = toy.golden(TEA, random.Random(f"golden {TEA} 0"))
+    golden = toy.golden(TEA, random.Random(f"golden {TEA} {seed}"))
     joked = toy.score("humour", TEA, golden)
     assert found["one of the nine: edits"]["win"]["mean"] == 100 * (1 - joked / 2)
     assert found["one of the nine: other"]["win"]["mean"] == found["one of the nine: copy"]["win"]["mean"] == 100 * (
