@@ -107,7 +107,11 @@ def policy_answers(items, policy, policy_model="default", cache=None, device=Non
         with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
             yield from enumerate(in_parallel(ask, items, 8))
         return
-    writer = Writer(policy, device, chat_template)
+    yield from written_answers(Writer(policy, device, chat_template), items, max_new_tokens, temperature, batch, seed)
+
+
+def written_answers(writer, items, max_new_tokens, temperature, batch, seed):
+    """As policy_answers, by a Writer."""
     new_tokens = min(max_new_tokens, writer.llama.config.max_position_embeddings // 2)
     prompts = [writer.encode(item["prompt"], new_tokens, [0, len(item["prompt"])]) for item in items]
     fitting = [i for i, prompt in enumerate(prompts) if prompt]

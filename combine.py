@@ -17,8 +17,7 @@ import math
 import re
 from pathlib import Path
 
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, read_options,
-                    seed_from, write_jsonl)
+from common import UserError, add_options, check_out, cli, make_parser, number, read_options, write_jsonl
 
 import torch
 from torch import nn
@@ -30,12 +29,11 @@ import data
 import formats
 import methods
 import train
-from align import Writer, fingerprint
-from feedback import Answering
+from align import Writer, fingerprint, written_answers
+from feedback import Answering, write_answers
 from files import shorten
 from generate import Acceptance, prepack
 from model import Causal, Config, computes_bf16, device_named, token_logprobs
-from resume import Journal
 
 # ----------------------------------------------------------------------------------------------------------------
 # Models that fit each other
@@ -172,32 +170,13 @@ class ProductWriter(Writer):
 
 def run_answer(folders, weights, files, out, limit, device, options):
     """Prompts in, answers out, as `feedback.py answer` writes them; with all the weight on one model, the same ones."""
-    check_out(out, files)
-    weights, count = shares(weights, folders), options.responses
-    rows = formats.read_all(files, formats.read_rated, "chosen", None)
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
+    weights = shares(weights, folders)
     writer = ProductWriter(folders, weights, device, options.chat_template)
     models = [fingerprint(folder, options.chat_template) for folder in folders]
-    journal = Journal(out, digest(models, weights, lasting(options), prompts))
-    new_tokens = min(options.max_new_tokens, writer.llama.config.max_position_embeddings // 2)
-    ids = [writer.encode(prompt, new_tokens, [0, len(prompt)]) for prompt in prompts]
-    fitting = [i for i in range(count * len(prompts)) if ids[i // count]]
-    todo = [i for i in fitting if i not in journal.rows]
-    seeds = [seed_from(options.seed * count + i % count, i, 0) for i in todo]
-    texts = writer.write([ids[i // count] for i in todo], new_tokens, options.batch, seeds,
-                         temperature=options.temperature)
-    for place, text in tqdm(texts, "answering", len(fitting), initial=len(fitting) - len(todo), unit=" answers"):
-        journal.add({"index": todo[place], "text": text.split("\n\nHuman:")[0].strip()})
-    said = [[journal.rows.get(i * count + k, {}).get("text") for k in range(count)] for i in range(len(prompts))]
-    answered = [{"prompt": prompt, "responses": [{"text": text, "scores": {}} for text in texts]}
-                for prompt, texts in zip(prompts, said) if all(texts)]
-    if not answered:
-        raise UserError(f"{out}: none of the {len(prompts)} prompts fits the models' context and gets an answer; give "
-                        f"others, and delete {journal.path}")
-    write_jsonl(out, answered)
-    journal.finish()
-    print(f"{out}: {len(answered)} prompts with {count} responses each; {len(prompts) - len(answered)} left out, which "
-          "do not fit the models' context, or got an empty answer")
+
+    def answers(items, seed):
+        return written_answers(writer, items, options.max_new_tokens, options.temperature, options.batch, seed)
+    write_answers(files, out, limit, options, "the models together", [models, weights], answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -54,12 +54,22 @@ class Answering:
 def run_answer(files, policy, policy_model, out, limit, device, sampling):
     """Prompts in, a policy's answers out: rated rows without scores."""
     cache = f"{out}.policy-cache.jsonl"
-    for path in (out, cache):
-        check_out(path, files)
+    check_out(cache, files)
+
+    def answers(items, seed):
+        return policy_answers(items, policy, policy_model, cache, device, sampling.max_new_tokens, sampling.temperature,
+                              sampling.batch, seed=seed, chat_template=sampling.chat_template)
+    write_answers(files, out, limit, sampling, policy, [fingerprint(policy, sampling.chat_template), policy_model],
+                  answers)
+
+
+def write_answers(files, out, limit, sampling, policy, answered_by, answers):
+    """run_answer of any policy, whose name is policy, and all that decides what it says answered_by. answers(items
+    {"index", "prompt"}, seed): yields (place, answer), as align.policy_answers does."""
+    check_out(out, files)
     rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]
-    answered_by = fingerprint(policy, sampling.chat_template)
-    journal = Journal(out, digest(answered_by, policy_model, lasting(sampling), prompts))
+    journal = Journal(out, digest(answered_by, lasting(sampling), prompts))
     count, answered = sampling.responses, {index: row["text"] for index, row in journal.rows.items()}
     items = [{"index": index, "prompt": prompts[index // count]} for index in range(len(prompts) * count)]
     with tqdm(total=len(items), initial=len(journal.rows), desc="answering", unit=" answers") as bar:
@@ -67,10 +77,7 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
             todo = [item for item in items[place::count] if item["index"] not in journal.rows]
             if not todo:
                 continue
-            answers = policy_answers(todo, policy, policy_model, cache, device, sampling.max_new_tokens,
-                                     sampling.temperature, sampling.batch, seed=sampling.seed * count + place,
-                                     chat_template=sampling.chat_template)
-            for i, text in answers:
+            for i, text in answers(todo, sampling.seed * count + place):
                 answered[todo[i]["index"]] = text
                 if text or not is_url(policy):  # a server that said nothing is asked again when a killed run goes on
                     journal.add({"index": todo[i]["index"], "text": text})

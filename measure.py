@@ -261,8 +261,8 @@ def asked_for_another(items, seed):
     for item in items:
         if len(item["names"]) == 1:
             name = rng.choice([name for name in toy.NAMED if name not in item["names"]])
-            yield {**item, "names": [name], "objectives": [wordings.worded(rng, name, "pairs")],
-                   "judged": item["names"]}
+            told = {"names": [name], "objectives": [wordings.worded(rng, name, "pairs")], "judged": item["names"]}
+            yield {key: value for key, value in item.items() if key != "aligned"} | told  # edited anew
 
 
 def doubts(others, seed=0):

@@ -294,18 +294,18 @@ def test_with_all_the_weight_on_one_model_answers_are_those_of_feedback(world, t
     words = ["--max-new-tokens", 12, "--device", "cpu", "--temperature", temperature, "--seed", 3]
     assert run(feedback, monkeypatch, ["answer", world / "prompts.jsonl", "--policy", world / "b", "--out",
                                        tmp_path / "alone.jsonl", *words]) == 0
-    expected = [{"prompt": row["prompt"], "responses": [{"text": r["text"], "scores": {}} for r in row["responses"]]}
-                for row in read(tmp_path / "alone.jsonl")]
+    expected = read(tmp_path / "alone.jsonl")
     found = answers(monkeypatch, world, tmp_path / "out.jsonl", ["a", "b", "wide"], [0, 2, 0], *words)
     assert found == expected and len(found) > 3
     assert answers(monkeypatch, world, tmp_path / "ab.jsonl", "ab", [1, 1], *words) != expected
-    assert list(formats.read_rated(tmp_path / "out.jsonl")) == found, "what is written can be read as rated rows"
+    texts = [[response["text"] for response in row["responses"]] for row in formats.read_rated(tmp_path / "out.jsonl")]
+    assert texts == [[response["text"] for response in row["responses"]] for row in found], "they can be read"
 
 
 def test_killed_answers_go_on(world, tmp_path, monkeypatch, capsys):
     whole = answers(monkeypatch, world, tmp_path / "whole.jsonl", "ab", [1, 1], "--limit", 4)
-    assert len(whole) == 4 and "4 prompts with 2 responses each; 0 left out" in capsys.readouterr().out
-    add, added = combine.Journal.add, []
+    assert len(whole) == 4 and "4 prompts with 2 responses each" in capsys.readouterr().out
+    add, added = feedback.Journal.add, []
 
     def stop(journal, row):
         add(journal, row)
@@ -315,25 +315,26 @@ def test_killed_answers_go_on(world, tmp_path, monkeypatch, capsys):
     words = ["answer", world / "a", world / "b", "--weights", 1, 1, "--data", world / "prompts.jsonl", "--limit", 4,
              "--max-new-tokens", 12, "--device", "cpu", "--out", tmp_path / "killed.jsonl"]
     with monkeypatch.context() as patch:
-        patch.setattr(combine.Journal, "add", stop)
+        patch.setattr(feedback.Journal, "add", stop)
         assert run(combine, monkeypatch, words) == 130
     assert not (tmp_path / "killed.jsonl").exists()
     other = [*words[:4], 1, 2, *words[6:]]
     refused(combine, monkeypatch, capsys, other, "killed.jsonl.part", "other settings")
     with monkeypatch.context() as patch:
-        patch.setattr(combine.Journal, "add", lambda journal, row: added.append(row["index"]) or add(journal, row))
+        patch.setattr(feedback.Journal, "add", lambda journal, row: added.append(row["index"]) or add(journal, row))
         assert run(combine, monkeypatch, words) == 0 and read(tmp_path / "killed.jsonl") == whole
     assert sorted(added) == list(range(8)), "nothing is answered twice"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
 
 
 def test_an_answer_ends_where_the_next_turn_begins_and_empty_ones_are_left_out(world, tmp_path, monkeypatch, capsys):
-    said = [" One.\n\nHuman: Two?", "Three.", "\n\nHuman: Four?", "Five."]
-    monkeypatch.setattr(combine.ProductWriter, "write", lambda *_, **__: iter(enumerate(said)))
-    write(tmp_path / "prompts.jsonl", {"prompt": "p"}, {"prompt": "q"}, {"prompt": "\N{SLIGHTLY SMILING FACE}" * 250})
+    said = iter([[" One.\n\nHuman: Two?", "\n\nHuman: Four?"], ["Three.", "Five."]])  # all first answers, all second
+    monkeypatch.setattr(combine.ProductWriter, "write", lambda *_, **__: iter(enumerate(next(said))))
+    write(tmp_path / "prompts.jsonl", {"prompt": "p"}, {"prompt": "q"})
     rows = answers(monkeypatch, world, tmp_path / "out.jsonl", "ab", [1, 1], "--data", tmp_path / "prompts.jsonl")
-    assert rows == [{"prompt": "p", "responses": [{"text": "One.", "scores": {}}, {"text": "Three.", "scores": {}}]}]
-    assert "1 prompts with 2 responses each; 2 left out" in capsys.readouterr().out
+    assert rows == [{"prompt": "p", "responses": [{"text": "One."}, {"text": "Three."}]}]
+    told = capsys.readouterr().out
+    assert "1 prompts with 2 responses each" in told and "left out: 1 prompts that got an empty answer" in told
 
 
 def test_refusals_of_answer(world, tmp_path, monkeypatch, capsys):

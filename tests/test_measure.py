@@ -259,6 +259,7 @@ def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
 
 
 def test_another_of_the_nine_is_asked_for_and_judged_on_the_first(items):
+    items = [{**item, "aligned": "an edit"} for item in items]
     others = list(measure.asked_for_another(items, 0))
     one = [item for item in items if len(item["names"]) == 1]
     assert len(others) == len(one) and others == list(measure.asked_for_another(items, 0))
@@ -266,7 +267,9 @@ def test_another_of_the_nine_is_asked_for_and_judged_on_the_first(items):
         assert other["judged"] == item["names"] and other["names"] != item["names"]
         assert set(other["names"]) <= set(toy.NAMED) and wordings.meant(
             other["objectives"][0].description) == other["names"][0]
-        assert {**other, **{key: item[key] for key in ("names", "objectives")}} == {**item, "judged": item["names"]}
+        as_it_was = {**item, "judged": item["names"]}
+        del as_it_was["aligned"]
+        assert {**other, **{key: item[key] for key in ("names", "objectives")}} == as_it_was, "the answer, not its edit"
 
 
 @pytest.mark.parametrize("seed", range(6))  # of the golden answers: with a joke and without, polite and not
