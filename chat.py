@@ -17,17 +17,27 @@ is found in any text, here as everywhere.)
 import importlib.metadata
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from common import UserError, digest, first_line, option, write_text, write_whole
+from common import UserError, digest, first_line, option
+import checkpoint
 from files import kind, lines, read_json, shown
 
-FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "special_tokens_map.json",
-         "generation_config.json")  # where a template is, which special tokens it writes, and where generation stops
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the files that may hold one
 PLAIN = "or give --chat-template plain"
+
+# What folders.py gives to models that came without a template, for others to use; here they are asked without. Chat
+# messages become a policy's prompts: HH-RLHF's dialogues (what formats.dialogue_text writes and endpoint.chat_messages
+# takes apart) where it was trained on these; else a message is the whole prompt.
+DIALOGUE = """{{ bos_token }}{% for message in messages %}
+{%- set speaker = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[message.role] %}
+{{- '\\n\\n' + speaker + ': ' + message.content }}{% endfor %}
+{{- '\\n\\nAssistant:' if add_generation_prompt else eos_token }}"""
+WHOLE = """{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}
+{{- '' if add_generation_prompt else eos_token }}"""
+OURS = (DIALOGUE, WHOLE)
 
 
 def template_option():
@@ -62,14 +72,20 @@ def read_object(path):
 
 
 def find(folder, how="auto"):
-    """The Source of a folder's chat template. None where there is none, where `how` is "plain", and where run.json says
-    that the model in the folder was trained without. Raises UserError."""
+    """The Source of a folder's chat template, or of its base's, where an adapter's has none. None where there is none,
+    or one of OURS, where `how` is "plain", and where run.json says that the model was trained without. Raises
+    UserError."""
     folder = Path(folder)
     trained = read_object(folder / "run.json").get("settings") if how == "auto" else {"chat_template": None}
     if isinstance(trained, dict) and trained.get("chat_template", "") is None:
         return None
+    return template_in(folder) or (template_in(checkpoint.base_of(folder)) if checkpoint.is_adapter(folder) else None)
+
+
+def template_in(folder):
+    """The Source of the template that a folder holds, but for OURS; or None."""
     named = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-    for path in (folder / name for name in FILES[:3] if (folder / name).exists()):
+    for path in (folder / name for name in TEMPLATES if (folder / name).exists()):
         text = "".join(line for _, line in lines(path)) if path.suffix == ".jinja" else \
             read_object(path).get("chat_template")
         if isinstance(text, list):  # of several
@@ -77,7 +93,7 @@ def find(folder, how="auto"):
             text = named_so[0].get("template") if named_so else text
         if text is not None and not isinstance(text, str):
             raise UserError(f"{path}: its chat_template is no text, and no list with a default one; mend it, {PLAIN}")
-        if text:
+        if text and text not in OURS:
             tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
             return Source(folder, path, text, {key: value for key, value in tokens.items()
                                                if key.endswith("_token") and isinstance(value, str)})
@@ -113,22 +129,6 @@ def settings_of(tokenizer):
     """What of a tokenizer decides how texts are read: {name: value}."""
     return {"tokenizer": digest(tokenizer.to_str()),
             "chat_template": tokenizer.source.digest if isinstance(tokenizer, Chat) else None}
-
-
-def save(tokenizer, out):
-    """Write a tokenizer into a folder and, where it has a template, what with_template will look for there."""
-    write_text(Path(out) / "tokenizer.json", tokenizer.to_str())
-    if isinstance(tokenizer, Chat):
-        carry(tokenizer.source.folder, out)
-
-
-def carry(base, out):
-    """Copy the files that belong to a model's chat template from one folder to another."""
-    for source, target in ((Path(base) / name, Path(out) / name) for name in FILES):
-        if source.exists():
-            write_whole(target, lambda aside, source=source: shutil.copyfile(source, aside))
-        else:
-            target.unlink(missing_ok=True)  # of another model, trained there before
 
 
 # ----------------------------------------------------------------------------------------------------------------

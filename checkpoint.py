@@ -6,6 +6,7 @@ mathematics that model.py does not compute is refused by name.
 import dataclasses
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -287,14 +288,21 @@ def save_weights(llama, folder):
     for key in {"attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types"} - own.keys():
         del config[key]
     if labels := config.pop("num_labels"):  # transformers reads the score at the last token that is not padding
-        padding = None if llama.config.bos_token_id in llama.config.stop_ids else llama.config.bos_token_id
-        config.update(architectures=[f"{name}ForSequenceClassification"], pad_token_id=padding,
+        config.update(architectures=[f"{name}ForSequenceClassification"], pad_token_id=padding_id(llama.config),
                       id2label={str(i): f"LABEL_{i}" for i in range(labels)},
                       label2id={f"LABEL_{i}": i for i in range(labels)})
     write_tensors(folder / "model.safetensors", weights)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for other in (*(folder / name for name in (*ADAPTER, CONTEXT)), *folder.glob("*.index.json")):
         other.unlink(missing_ok=True)  # it would be loaded instead
+
+
+def padding_id(config):
+    """The token id that a preference model's texts are padded with for transformers, which reads a score at the last
+    token that is not this one: so none that ends a text. None where nothing ends a text, and each may be its last."""
+    if config.bos_token_id is not None and config.bos_token_id not in config.stop_ids:
+        return config.bos_token_id
+    return next((i for i in range(config.vocab_size) if i not in config.stop_ids), None) if config.stop_ids else None
 
 
 def write_tensors(path, weights):
@@ -317,6 +325,7 @@ def load_tokenizer(folder, llama=None):
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
+        tokenizer.post_processor = None  # adds BOS and the like, which we do (data.encode_documents)
         tokenizer.encode("1 \u00b0 \u6f22\U0001f642\n", add_special_tokens=False)  # fails without an unknown token
     except KeyboardInterrupt:
         raise
@@ -357,7 +366,8 @@ def weights_digest(llama):
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-CONTEXT = "context.json"  # beside an adapter: max_position_embeddings, which may be more than its base's, and "base"
+CONTEXT = "context.json"  # beside an adapter: max_position_embeddings, which may be more than its base's; its "base",
+                          # as of `glance`; and "path", from the adapter's folder to it
 
 
 def adapts_scorer(folder):
@@ -388,10 +398,13 @@ def adapter_config(folder):
 
 
 def base_of(folder):
-    """The folder of the model that an adapter belongs to: as its configuration says, or beside the adapter. Where we
-    made it, context.json tells one model from another of that name."""
+    """The folder of the model that an adapter belongs to: as its configuration says, from the working directory (as
+    `peft` reads it) or from beside the adapter; or as context.json does, so that both can be moved. Where we made it,
+    that also tells one model from another of that name."""
     named = adapter_config(folder)[0].get("base_model_name_or_path") or ""
-    places = [Path(named), Path(folder).parent / named, Path(folder).parent / Path(named).name]
+    own = read_object(Path(folder) / CONTEXT) if (Path(folder) / CONTEXT).exists() else {}
+    places = [Path(named), Path(folder).parent / named, Path(folder).parent / Path(named).name,
+              *(Path(folder) / path for path in [str(own.get("path"))] if Path(path).name == Path(named).name)]
     try:
         places = [place for place in places if named and (place / "config.json").exists()]
     except OSError:  # a name longer than any file's
@@ -399,8 +412,7 @@ def base_of(folder):
     if not places:
         raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path {shown(named)} is no folder here; put "
                         "the base model there")
-    own = read_object(Path(folder) / CONTEXT).get("base") if (Path(folder) / CONTEXT).exists() else None
-    found = [place for place in places if own is None or own == glance(place)]
+    found = [place for place in places if own.get("base") in (None, glance(place))]
     if not found:
         raise UserError(f"{folder}: adapts another model than the one that is now in {places[0]}; put that there again")
     return found[0]
@@ -484,9 +496,10 @@ def save_adapter(llama, folder):
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "modules_to_save": ["score"] if scorer else None}
     write_tensors(folder / "adapter_model.safetensors", weights)
-    base = llama.adapter["base_model_name_or_path"]
-    context = {"max_position_embeddings": llama.config.max_position_embeddings,
-               "base": glance(base) if (Path(base) / "config.json").exists() else None}
+    base, context = llama.adapter["base_model_name_or_path"], {}
+    if (Path(base) / "config.json").exists():
+        context = {"base": glance(base), "path": os.path.relpath(base, folder)}
+    context["max_position_embeddings"] = llama.config.max_position_embeddings
     write_text(folder / CONTEXT, json.dumps(context) + "\n")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 

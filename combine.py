@@ -32,6 +32,7 @@ import train
 from align import Writer, fingerprint, written_answers
 from feedback import Answering, write_answers
 from files import shorten
+from folders import complete
 from generate import Acceptance, prepack
 from model import Causal, Config, computes_bf16, device_named, token_logprobs
 
@@ -101,7 +102,8 @@ def run_soup(folders, weights, out):
         raise UserError(f"{out}: holds a model already; choose another --out")
     llama = soup(folders, weights)
     out.mkdir(parents=True, exist_ok=True)
-    chat.save(chat.with_template(checkpoint.load_tokenizer(folders[0], llama), folders[0], llama.config), out)
+    about = {"method": ["soup"], "base": folders[0], "changed": dict(zip(map(str, folders), weights))}
+    complete(out, llama, checkpoint.load_tokenizer(folders[0], llama), about)
     checkpoint.save(llama, out)
     print(f"{out}: " + " + ".join(f"{weight:g} * {folder}" for weight, folder in zip(weights, folders)))
 

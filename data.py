@@ -12,7 +12,8 @@ The rows that flow through the project are dicts, and lines of JSON Lines files 
                 number}}], golden?, objectives?, margin?: what    feedback answer            feedback, train sft
                 scores of no greater difference are, is equal
     example     prompt, completion, objectives, relation,         reformulate                train identity, partner,
-                context and answer: [start, end] in the prompt                               equal, better
+                context and answer: [start, end] in the prompt,                              equal, better; TRL
+                of better ones chosen and rejected
     completion  prompt, completion, context?                      formats.read_completions   train sft
     preference  prompt, response_a, response_b, principle,        feedback label,            train reward, train dpo,
                 p_a: probability that response_a is better, gap?: formats.read_preferences,  reward train and score
@@ -224,6 +225,13 @@ def make_example(prompt, source, target, objectives, relation, template):
             "relation": relation, "context": context, "answer": [begin, begin + len(source)]}
 
 
+def with_pair(example):
+    """An example as it is written: where it says what is better, also as TRL's DPOTrainer reads it."""
+    start, end = example["answer"]
+    pair = {"chosen": example["completion"], "rejected": example["prompt"][start:end]}
+    return {**example, **(pair if example["relation"] == "better" else {})}
+
+
 def is_held_out(row, share, seed=0):
     """Whether an example, pair or preference is in the share (0 to 1) kept for validation: with a prompt, all its rows.
     Where there is no prompt, its (first) completion decides."""
@@ -358,8 +366,8 @@ def encode_examples(tokenizer, rows, bos_id, eos_id, max_tokens=None):
 # The command line
 
 
-def run_reformulate(files, out, objectives, objective, queries, template, pairing):
-    """Rated files in, one file of examples out, and a table of what it has."""
+def run_reformulate(files, out, objectives, objective, queries, template, pairing, relations=None):
+    """Rated files in, one file of examples out (of all relations, or of these), and a table of what it has."""
     check_out(out, [*files, queries, template, *(objectives or ())])
     pairs_on = find_objectives([objective] if objective else [])
     wanted = find_objectives(objectives) if objectives else [*OBJECTIVES.values(), *pairs_on]
@@ -383,8 +391,10 @@ def run_reformulate(files, out, objectives, objective, queries, template, pairin
     def examples():
         bar = tqdm(rated(), desc="reformulate", unit=" rows", disable=None)
         for example in reformulate(bar, wanted, pairing, template, skipped):
+            if relations and example["relation"] not in relations:
+                continue
             made[example["relation"], len(example["objectives"])] += 1
-            yield example
+            yield with_pair(example)
         if not made:
             raise UserError(f"{files[0]}: gives no example (scored: {shorten(scored) or 'nothing'}); "
                             "give prompts with two answers or more, scored on the objectives asked for")
@@ -442,6 +452,8 @@ def main():
     add("--queries", metavar="FILE", help="CSV with the column `query`, for outputs that have none")
     add("--template", metavar="FILE",
         help='JSON {"better": text, "equal": text}, each text with {objectives}, {prompt}, {answer}')
+    add("--relations", nargs="+", choices=["better", "equal", "keep"],
+        help="only such examples (default: all); TRL's DPOTrainer takes a file of better ones as it is")
     add_options(command, Pairing)
 
     command = commands.add_parser("show", help="print a few records of any file")
@@ -453,7 +465,7 @@ def main():
         run_show(args.file, args.count)
     else:
         run_reformulate(args.files, args.out, args.objectives, args.objective, args.queries, args.template,
-                        read_options(Pairing, args))
+                        read_options(Pairing, args), args.relations)
 
 
 if __name__ == "__main__":

@@ -337,16 +337,17 @@ JOINED = (from_kto, from_helpsteer, from_judged)  # of which several rows may be
 
 def read_pairs(path, relation=None, skipped=None, source=None):
     """Yield examples {"prompt", "completion", ...} of a file by reformulate, or any in that form of TRL's; other keys
-    are kept. relation: yield only those with this "relation": "equal", or "better", which "keep" is read with. skipped:
-    a Counter, told how many were left out: those that KTO labels false, and those without a relation. source: the
-    file's records, if they are being read already. Raises UserError, with file and line."""
+    are kept, but chosen and rejected, which tell the same again. relation: yield only those with this "relation":
+    "equal", or "better", which "keep" is read with. skipped: a Counter, told how many were left out: those that KTO
+    labels false, and those without a relation. source: the file's records, if they are being read already. Raises
+    UserError, with file and line."""
     skipped = Counter() if skipped is None else skipped
     _, source = first_and_all(source or records(path), path)
     for where, row in source:
         if "label" in row and not field(row, "label", where, bool):
             skipped["their label is false"] += 1
             continue
-        row = {key: value for key, value in row.items() if value is not None}
+        row = {key: value for key, value in row.items() if value is not None and key not in ("chosen", "rejected")}
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{where}: no prompt and completion, but {shorten(row)}; make examples with "
                             "`python data.py reformulate FILE --out pairs.jsonl`")

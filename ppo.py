@@ -35,6 +35,7 @@ from tqdm import tqdm
 import chat
 import checkpoint
 import data
+import folders
 import formats
 import losses
 import reward
@@ -42,7 +43,7 @@ import toy
 import train
 from generate import generate
 from model import Packed, chosen_logprobs, device_named, token_logprobs
-from resume import Run, read_metrics
+from resume import Run, read_metrics, told
 
 
 @dataclass
@@ -154,7 +155,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     copies, join = copies_of(options, scalarization), reward.read_scalarization(scalarization)
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
     run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
-              overwrite, {"options": vars(options), **(about or {})}, options.log)
+              overwrite, told(["ppo"], prompts[0], options) | (about or {}), options.log)
     if run.finished:
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)
@@ -201,7 +202,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
                 run.save(agent=train.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
                 saved = time.perf_counter()
-    chat.save(tokenizer, run.out)
+    folders.complete(run.out, policy, tokenizer, run.about)
     checkpoint.save(policy, out)
     return run.finish()
 

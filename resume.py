@@ -7,6 +7,7 @@ nothing that was reported done, and both compare what is there with what is aske
 a new question.
 """
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -79,6 +80,13 @@ def circumstances():
 
 def now():
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def told(methods, prompt, options):
+    """What a run was to do, for its model card: names of methods, a prompt that it saw, options."""
+    changed = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+               if getattr(options, field.name) != field.default}
+    return {"method": methods, "prompt": in_short(prompt), "options": vars(options), "changed": changed}
 
 
 @contextlib.contextmanager

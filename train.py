@@ -32,13 +32,14 @@ from tqdm import tqdm
 import chat
 import checkpoint
 import data
+import folders
 import formats
 import methods
 from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
-from resume import Run, read_metrics, read_run
+from resume import Run, read_metrics, read_run, told
 
 
 @dataclass
@@ -222,12 +223,12 @@ def batch_of(examples, device):
 
 
 def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False, about=None, progress=True):
-    """Train llama through the stages, one after another, and save it as a folder that checkpoint.load reads.
+    """Train llama through the stages, one after another, and save it as a folder that others can load (folders.py).
 
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
     was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
-    run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
-              {"options": vars(options), **(about or {})}, options.log)
+    about = told([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options) | (about or {})
+    run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite, about, options.log)
     if run.finished:
         return read_metrics(out)
     llama.checkpoint_activations = options.checkpoint_activations
@@ -275,7 +276,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                     saved = time.perf_counter()
         if place + 1 < len(stages):
             run.save(model=trained(llama), stage=place + 1, step=0)
-    chat.save(tokenizer, run.out)
+    folders.complete(run.out, llama, tokenizer, run.about)
     checkpoint.save(llama, out)
     if options.merge:
         checkpoint.merge(out)
@@ -290,6 +291,12 @@ def settings_of(llama, tokenizer, stages, options):
         settings["micro_tokens"] = options.micro_tokens  # it decides what the mean is over
     return {**settings, "data": plan(stages), "model": digest(checkpoint.weights_digest(llama), vars(llama.config)),
             **chat.settings_of(tokenizer)}
+
+
+def prompt_of(stage, tokenizer):
+    """The first prompt (text) that a stage trains on."""
+    document = stage.examples[0].documents[0]
+    return tokenizer.decode(list(document.ids[:document.start]))
 
 
 def train_step(llama, optimizer, batches, method, rate, options):

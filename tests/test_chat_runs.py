@@ -112,11 +112,22 @@ def test_what_was_trained_without_a_template_is_asked_without(world, tmp_path, m
     """Also where a template lies beside the model, and also as a base."""
     out = tmp_path / "out"
     assert run(train, monkeypatch, trained(world, "sft", out, "sft.jsonl", "--chat-template", "plain")) == 0
-    chat.carry(world / "instruct", out)
     assert (out / "tokenizer_config.json").exists() and not isinstance(align.Writer(out, "cpu").tokenizer, chat.Chat)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
     assert run(train, monkeypatch, trained(world, "sft", tmp_path / "on", "sft.jsonl", base=out)) == 0
     assert read_run(tmp_path / "on")["settings"]["chat_template"] is None
+
+
+def test_an_adapter_without_a_template_has_that_of_its_base(world, tmp_path, monkeypatch):
+    """As peft leaves one."""
+    out = tmp_path / "adapter"
+    assert run(train, monkeypatch, trained(world, "sft", out, "sft.jsonl", "--lora-rank", 2)) == 0
+    before = chat.fingerprint(out)
+    for path in out.iterdir():
+        if not path.name.startswith(("adapter", "tokenizer.json")):
+            path.unlink()
+    assert chat.fingerprint(out) == before == chat.fingerprint(world / "instruct") is not None
+    assert isinstance(align.Writer(out, "cpu").tokenizer, chat.Chat)
 
 
 def test_another_models_template_does_not_outlive_it(world, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import folders
 import formats
 import toy
 import methods
@@ -346,7 +347,8 @@ def test_a_trained_model_is_an_ordinary_folder(world, finished):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in llama.parameters())
     assert not torch.equal(llama.lm_head.weight, before.lm_head.weight)
     assert sorted(path.name for path in finished.iterdir()) == \
-        ["config.json", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json"]
+        ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "metrics.jsonl",
+         "model.safetensors", "run.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 def test_autocast_computes_in_bf16_over_fp32_weights(world, tmp_path, finished):
@@ -543,8 +545,8 @@ def test_a_full_disk_is_one_line(world, tmp_path, file, share, save_seconds):
     message = ended.stderr.strip().splitlines()[-1]
     assert ended.returncode == 2 and "Traceback" not in ended.stderr and message.startswith("error: "), ended.stderr
     assert re.search("disk full|space", message)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == \
-        ["metrics.jsonl", "run.json"] + ["tokenizer.json"] * (file == "model.safetensors")
+    left = {path.name for path in (tmp_path / "out").iterdir()} - {*folders.SIDE, "README.md"}
+    assert left == {"metrics.jsonl", "run.json", *["tokenizer.json"] * (file == "model.safetensors")}
 
 
 def test_pretrain_starts_from_scratch_only_where_there_are_no_weights(world, tmp_path, monkeypatch, capsys):
