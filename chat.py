@@ -22,7 +22,6 @@ from datetime import datetime
 from pathlib import Path
 
 from common import UserError, digest, first_line, option
-import checkpoint
 from files import kind, lines, read_json, shown
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the files that may hold one
@@ -79,7 +78,10 @@ def find(folder, how="auto"):
     trained = read_object(folder / "run.json").get("settings") if how == "auto" else {"chat_template": None}
     if isinstance(trained, dict) and trained.get("chat_template", "") is None:
         return None
-    return template_in(folder) or (template_in(checkpoint.base_of(folder)) if checkpoint.is_adapter(folder) else None)
+    if (folder / "adapter_config.json").exists() and not template_in(folder):
+        import checkpoint  # here, for it brings torch, which `data.py --help` can do without
+        folder = checkpoint.base_of(folder)
+    return template_in(folder)
 
 
 def template_in(folder):

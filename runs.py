@@ -89,15 +89,15 @@ def curves_of(path):
         reward = "iteration" in row
         stage = str(row.get("stage", "ppo"))
         value = "reward" if reward else "loss"
-        if value not in row and not {"val_loss", "samples"} & row.keys():
+        if value not in row and "val_loss" not in row:
             continue
         curve = found.setdefault(stage, Curve([], [], 0, 0.0, [], value))
         if value in row:
             curve.points.append((of(row, "tokens", number), of(row, value, number)))
             curve.steps, curve.seconds = of(row, "iteration" if reward else "step", number), of(row, "seconds", number)
-        elif "val_loss" in row:  # which comes after its step
+        else:  # a validation, which comes after its step
             curve.checks.append((curve.points[-1][0] if curve.points else 0, of(row, "val_loss", number)))
-        elif isinstance(row["samples"], list):
+        if isinstance(row.get("samples"), list):
             curve.samples = [sample for sample in row["samples"] if isinstance(sample, dict)]
     for curve in found.values():
         curve.points, curve.checks = ([(x, y) for x, y in points if math.isfinite(y)]

@@ -342,17 +342,17 @@ def validate(llama, tokenizer, stage, step, run, options, progress=True):
     """Mean loss on the held-out examples, and what is written to a few of their prompts, written to the metrics."""
     if not stage.held_out:
         return
-    if options.samples and not stage.method.scorer:
-        samples = write_samples(llama, tokenizer, stage, options)
-        run.write({"stage": stage.name, "step": step, "samples": samples})
-        if progress:
-            text = " ".join(data.printable(samples[0]["text"], 100).split())
-            tqdm.write(f"{run.out.name}: {stage.name}, step {step}: {text}")
     loss, count = 0.0, 0
     for batch in pack(stage.held_out, options.micro_tokens, llama.device):
         loss += float(batch_loss(llama, batch, stage.method, options))
         count += batch.count
-    run.write({"stage": stage.name, "step": step, "val_loss": loss / count})
+    row = {"stage": stage.name, "step": step, "val_loss": loss / count}
+    if options.samples and not stage.method.scorer:
+        row["samples"] = write_samples(llama, tokenizer, stage, options)
+        if progress:
+            text = " ".join(data.printable(row["samples"][0]["text"], 100).split())
+            tqdm.write(f"{run.out.name}: {stage.name}, step {step}: {text}")
+    run.write(row)
 
 
 SAMPLE = 48  # tokens of a sample, at most

@@ -374,7 +374,7 @@ def test_preference_models(tmp_path, name):
         assert torch.allclose(document_scores(llama, tokens, LENGTHS)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("bos, eos, padding", [(0, 2, 0), (2, 2, None), (3, [2, 3], None), (None, 2, None)])
+@pytest.mark.parametrize("bos, eos, padding", [(0, 2, 0), (2, 2, 0), (3, [0, 3], 1), (None, 2, 0), (1, None, 1)])
 def test_a_token_that_ends_texts_is_no_padding(tmp_path, bos, eos, padding):
     """transformers reads the score at the last token that is not padding; a Qwen base model's BOS is its EOS."""
     checkpoint.save(tiny(model_type="qwen2", num_labels=1, bos_token_id=bos, eos_token_id=eos), tmp_path)

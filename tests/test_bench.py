@@ -136,7 +136,7 @@ def test_a_timed_step_is_one_of_training(tmp_path, chosen, method):
     for _ in range(2):
         llama = Llama(Config(**SIZE))
         llamas.append(lora.add_lora(llama, options.lora_rank, tmp_path) if options.lora_rank else llama)
-    tokenizer = SimpleNamespace(to_str=lambda: "{}")
+    tokenizer = toy.train_tokenizer(["Hello there"])
     rows = train.train(llamas[0], tokenizer, [stage], tmp_path / "out", options, progress=False)
     assert [row["lr"] for row in rows] == [1e-2, 1e-2] and max(row["grad_norm"] for row in rows) > options.max_grad_norm
     chosen = [train.examples_of(stage, step, options) for step in range(2)]

@@ -24,7 +24,7 @@ def all_pairs(reward):
 
 
 def dpo_run(llama, out, resume=False, **changes):
-    options = Options(**{**vars(FAST), "lr": 1e-2, "batch": 10, "epochs": 60.0, "beta": 0.5, **changes})
+    options = Options(**{**vars(FAST), "lr": 1e-2, "batch": 10, "epochs": 60.0, "beta": 0.5, "samples": 0, **changes})
     examples = all_pairs(torch.tensor([0.8, -0.6, 0.1, -1.2, 0.9]))
     stage = Stage("dpo", examples, examples[:3], method=METHODS["dpo"])
     return train.train(llama, toy.train_tokenizer(["a b"], 300), [stage], out, options, resume, progress=False)

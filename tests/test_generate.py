@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import generate as engine
 import model
 from common import UserError
@@ -72,7 +73,8 @@ def test_real_stories_in_a_batch(shared):
     folder = shared / "checkpoints/stories260K"
     llama = checkpoint.load(folder)
     tokenizer = checkpoint.load_tokenizer(folder, llama)
-    prompts = [tokenizer.encode(text).ids for text in ("Tom and his", "", "One day, a small bird saw", "The")]
+    texts = ("Tom and his", "", "One day, a small bird saw", "The")
+    prompts = [data.encode_prompt(tokenizer, text, 1) for text in texts]
     assert [len(prompt) for prompt in prompts][1] == 1
     assert generate(llama, prompts, 80) == [generate(llama, [prompt], 80)[0] for prompt in prompts]
 

@@ -24,8 +24,8 @@ def make(folder, seed=0, lr=0.003, shift=0.0, ended="now", more=None, data="abc"
     steps = [{"stage": "sft", "step": n, "loss": loss + shift, "tokens": 100 * n, "seconds": n / 2}
              for n, loss in enumerate(rows, 1)]
     write(folder / "metrics.jsonl", {"stage": "sft", "step": 0, "val_loss": 5.0}, *steps,
-          {"stage": "sft", "step": 10, "samples": [{"prompt": "Why?", "text": f"<b>So{seed}</b>"}]},
-          {"stage": "sft", "step": 10, "val_loss": 0.8 + shift})
+          {"stage": "sft", "step": 10, "val_loss": 0.8 + shift,
+           "samples": [{"prompt": "Why?", "text": f"<b>So{seed}</b>"}]})
     return folder
 
 

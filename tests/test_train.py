@@ -202,7 +202,7 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, world):
         options = Options(**{**vars(FAST), "micro_tokens": micro_tokens})
         rows = train.train(llama, tokenizer, [stage], tmp_path / str(number), options, progress=False)
         assert len({len(list(train.pack(stage.examples, n, "cpu"))) for n in (10_000, 40, 1)}) == 3
-        results.append(([row.get("loss", row.get("val_loss")) for row in rows if "samples" not in row],
+        results.append(([row.get("loss", row.get("val_loss")) for row in rows],
                         [row["grad_norm"] for row in rows if "loss" in row], llama.state_dict()))
     for losses, norms, state in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-5) and norms == pytest.approx(results[0][1], rel=1e-4)
@@ -266,14 +266,13 @@ def finished(world, tmp_path_factory):
 def test_metrics_have_a_row_per_step_and_per_validation(finished):
     rows = metrics(finished)
     expected = [(name, kind, step) for name in ("identity", "equal", "better")
-                for kind, step in (("samples", 0), ("val_loss", 0), ("loss", 1), ("loss", 2), ("loss", 3),
-                                   ("samples", 3), ("val_loss", 3), ("loss", 4), ("samples", 4), ("val_loss", 4))]
-    assert [(row["stage"], next(kind for kind in ("samples", "val_loss", "loss") if kind in row), row["step"])
-            for row in rows] == expected
-    for row in (row for row in rows if "samples" not in row):
-        keys = {"stage", "step", "val_loss"} if "val_loss" in row else \
+                for kind, step in (("val_loss", 0), ("loss", 1), ("loss", 2), ("loss", 3), ("val_loss", 3), ("loss", 4),
+                                   ("val_loss", 4))]
+    assert [(row["stage"], "loss" if "loss" in row else "val_loss", row["step"]) for row in rows] == expected
+    for row in rows:
+        keys = {"stage", "step", "val_loss", "samples"} if "val_loss" in row else \
             {"stage", "step", "loss", "lr", "grad_norm", "tokens", "seconds"}
-        assert set(row) == keys and all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+        assert set(row) == keys and all(map(math.isfinite, (row[key] for key in keys - {"stage", "samples"})))
     for name in ("identity", "equal", "better"):  # tokens and seconds are counted from the stage's beginning
         of_stage = [row for row in rows if row["stage"] == name and "loss" in row]
         assert all(a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"] for a, b in zip(of_stage, of_stage[1:]))
@@ -303,8 +302,9 @@ def test_samples_change_nothing_else(world, tmp_path, monkeypatch, finished):
         assert run(train, monkeypatch, command(world, out=out, samples=count)) == 0
         rows = metrics(out)
         assert weights(out) == weights(finished)
-        assert timeless([row for row in rows if "samples" not in row]) == timeless(
-            [row for row in metrics(finished) if "samples" not in row])
+        told, before = ([{key: value for key, value in row.items() if key != "samples"} for row in found]
+                        for found in (rows, metrics(finished)))
+        assert timeless(told) == timeless(before)
         assert any("samples" in row for row in rows) == (count > 0)
     texts = [row for row in rows if "samples" in row]  # of seven prompts that were asked for, as many as there are
     assert len({len(row["samples"]) for row in texts[:3]}) == 1 and 0 < len(texts[0]["samples"]) <= 7
