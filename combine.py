@@ -35,6 +35,7 @@ from files import shorten
 from folders import complete
 from generate import Acceptance, prepack
 from model import Causal, Config, computes_bf16, device_named, token_logprobs
+from resume import circumstances, now, write_run
 
 # ----------------------------------------------------------------------------------------------------------------
 # Models that fit each other
@@ -103,8 +104,14 @@ def run_soup(folders, weights, out):
     llama = soup(folders, weights)
     out.mkdir(parents=True, exist_ok=True)
     about = {"method": ["soup"], "base": folders[0], "changed": dict(zip(map(str, folders), weights))}
-    complete(out, llama, checkpoint.load_tokenizer(folders[0], llama), about)
+    tokenizer = chat.with_template(checkpoint.load_tokenizer(folders[0], llama), folders[0], llama.config)
+    parts = {str(folder): checkpoint.fingerprint(folder) for folder in folders}
+    run = {**circumstances(), **about, "parts": parts, "ended": None,
+           "settings": {"weights": weights, **chat.settings_of(tokenizer)}}  # which say how the soup is asked
+    write_run(out, run)
+    complete(out, llama, tokenizer, about)
     checkpoint.save(llama, out)
+    write_run(out, {**run, "ended": now()})
     print(f"{out}: " + " + ".join(f"{weight:g} * {folder}" for weight, folder in zip(weights, folders)))
 
 
@@ -242,7 +249,8 @@ def run_implicit(policy, reference, beta, name, files, out, device):
     asked = [{"prompt": prompt, "completion": response["text"], "context": [0, len(prompt)]}
              for prompt, response in responses]
     logprobs, context, same = [], None, (*TOKENS, "sliding_window")
-    for llama, tokenizer in load_alike([policy, reference], same, device=device_named(device)):
+    how = "auto" if chat.find(policy) else "plain"  # the reference is asked as the policy was when it was trained
+    for llama, tokenizer in load_alike([policy, reference], same, device=device_named(device), chat_template=how):
         context = context or llama.config.max_position_embeddings  # the policy's: of the same text, both
         logprobs.append(response_logprobs(llama, tokenizer, asked, context))
     fitting = 0

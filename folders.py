@@ -30,8 +30,8 @@ def complete(folder, llama, tokenizer, about):
 
     about: what run.json tells of the model. Of that, "base" is the folder that it was trained from, maybe an adapter's,
     and "prompt" a text that it was trained to go on from, "" where there is none."""
-    base = about.get("base")
-    if isinstance(tokenizer, chat.Chat):
+    base, template = about.get("base"), isinstance(tokenizer, chat.Chat)
+    if template:
         base, tokenizer = base or tokenizer.source.folder, tokenizer.tokenizer
     folder, config, roles = Path(folder).resolve(), llama.config, token_roles(llama.config, tokenizer)
     files, words = from_base(base, tokenizer)
@@ -50,7 +50,7 @@ def complete(folder, llama, tokenizer, about):
     files[CHAT] = chat_template(files, told, config, about.get("prompt"))
     files["tokenizer.json"], readme = words, folder / "README.md"
     if not readme.exists() or CARD in readme.read_text(encoding="utf-8", errors="replace"):
-        files["README.md"] = card(folder, llama, about)
+        files["README.md"] = card(folder, llama, about, template)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({*SIDE, *files}):
         put(folder / name, files.get(name))
@@ -165,11 +165,23 @@ SCORING = """def ids(text):
     return tokenizer(text, add_special_tokens=False).input_ids
 texts = [{bos} + ids(prompt) + ids(answer) + {eos} for prompt, answer in pairs]
 print(model(**tokenizer.pad({{"input_ids": texts}}, return_tensors="pt")).logits[:, 0])"""
+# The same of a model that is asked by its chat template. A score is read where the template ends an answer.
+WRITING_CHAT = """messages = [{{"role": "user", "content": prompt}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs)[0, inputs["input_ids"].size(1):]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+SCORING_CHAT = """def ids(prompt, answer):
+    messages = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": answer}}]
+    found = tokenizer.apply_chat_template(messages, return_dict=False)
+    return found[:len(found) - found[::-1].index({stop})]
+texts = [ids(prompt, answer) for prompt, answer in pairs]
+print(model(**tokenizer.pad({{"input_ids": texts}}, return_tensors="pt")).logits[:, 0])"""
 TOLD = ("step", "iteration", "tokens", "loss", "val_loss", "reward", "kl")  # of the last rows of metrics
 
 
-def card(folder, llama, about):
-    """README.md (text): what the model is, as far as `about` and metrics.jsonl tell, and how to load it."""
+def card(folder, llama, about, template=False):
+    """README.md (text): what the model is, as far as `about` and metrics.jsonl tell, and how to load it. template: it
+    was trained behind its chat template."""
     config, base, method = llama.config, about.get("base"), about.get("method", [])
     adapter, scorer = bool(llama.adapter) and not about.get("options", {}).get("merge"), bool(config.num_labels)
     edits = bool({"identity", "partner", "equal", "better"} & {*method})
@@ -180,12 +192,14 @@ def card(folder, llama, about):
     rows = [f"| {what} | {value} |" for what, value in facts(folder, about) if value]
     begin = "[]" if config.bos_token_id is None else f"[{config.bos_token_id}]"
     end = f"[{config.stop_ids[0]}]" if config.stop_ids else "[]"
-    names = {"folder": folder.name, "base": base, "bos": begin, "eos": end}
+    names = {"folder": folder.name, "base": base, "bos": begin, "eos": end, "stop": end[1:-1]}
+    example = {(False, False): WRITING, (False, True): WRITING_CHAT, (True, False): SCORING,
+               (True, True): SCORING_CHAT}[scorer, template]
     loader = "AutoModelForSequenceClassification" if scorer else "AutoModelForCausalLM"
     code = ["import torch", f"from transformers import {loader}, AutoTokenizer",
             *["from peft import PeftModel"] * adapter, "",
             f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")',
-            "model = " + LOADING[adapter, scorer].format(**names), (SCORING if scorer else WRITING).format(**names)]
+            "model = " + LOADING[adapter, scorer].format(**names), example.format(**names)]
     use = (f"reward.py score pairs.jsonl --models {folder.name}" if scorer else
            f"align.py --model {folder.name} --data answers.jsonl --out aligned.jsonl" if edits else
            f"feedback.py answer prompts.jsonl --policy {folder.name} --out answers.jsonl")
@@ -224,6 +238,6 @@ def asked(prompt, edits):
     """The lines of a card that tell an aligner's prompt."""
     if not edits:
         return []
-    if not any((prompt or "").startswith(split_template(text)[0]) for text in TEMPLATE.values()):
+    if not any(split_template(text)[0] in (prompt or "") for text in TEMPLATE.values()):  # in it: a chat template begins
         return ["", "Its prompts are those of the template with which its pairs were made (`data.py --template`)."]
     return ["", "Its prompt, with the objectives' descriptions joined by \"; \":", "", "```", TEMPLATE["better"], "```"]

@@ -139,7 +139,7 @@ def logger(name, out):
     try:
         if name == "wandb":
             import wandb
-            send = wandb.init(dir=str(out), name=Path(out).name).log
+            send = wandb.init(dir=str(out), name=Path(out).name, reinit=True).log  # a run for each Run
         elif name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(out))
@@ -211,7 +211,7 @@ class Run:
         model, metrics = any((self.out / name).exists() for name in MODEL), self.out / "metrics.jsonl"
         try:
             run = read_run(self.out)
-            if run.get("ended") and model:
+            if run.get("ended") and model and "parts" not in run:
                 read_metrics(self.out)
         except UserError:
             if not overwrite:

@@ -17,8 +17,9 @@ from model import computes_bf16, device_named, document_scores
 
 
 class Scorers:
-    """K preference models in folders. Adapters of one base run side by side on it, each row of the batch with its own;
-    whole models run one after another. names [K]; mean, std (K,): of the scores on the responses trained on."""
+    """K preference models in folders. Adapters of one base, asked by one template, run side by side on it, each row of
+    the batch with its own; others run one after another. names [K]; mean, std (K,): of the scores on the responses
+    trained on."""
 
     def __init__(self, folders, device=None):
         self.device, about = device_named(device), [read_principle(folder) for folder in folders]
@@ -28,7 +29,7 @@ class Scorers:
         by_base = {}
         for number, folder in enumerate(folders):
             base = str(checkpoint.base_of(folder).resolve()) if checkpoint.is_adapter(folder) else f"{number}"
-            by_base.setdefault(base, []).append(number)
+            by_base.setdefault((base, chat.fingerprint(folder)), []).append(number)
         self.parts = [(numbers, *self.load([folders[number] for number in numbers])) for numbers in by_base.values()]
 
     @property

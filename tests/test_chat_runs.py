@@ -1,8 +1,10 @@
 """Chat templates in whole runs of an instruct model: training, answers, edits, preference models, rollouts."""
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
 import align
 import chat
@@ -15,7 +17,7 @@ import reward
 import scorers
 import train
 from common import UserError
-from conftest import refused, run, write
+from conftest import refused, response, run, write
 from model import Config, Llama
 from resume import read_run
 from test_chat import BY_HAND, DIALOGUE, LLAMA_3, QWEN, SIZES, SPECIAL, byte_level_tokenizer, instruct
@@ -188,6 +190,63 @@ def test_models_with_other_templates_are_not_joined(world, taught, tmp_path, mon
     assert chat.fingerprint(tmp_path / "soup") == chat.fingerprint(taught)
     instruct(tmp_path / "other", QWEN.replace("of use", "kind"))
     refused(combine, monkeypatch, capsys, [*words[:-1], tmp_path / "2"], "another chat_template")
+
+
+def test_what_is_joined_is_asked_as_its_parts_are(world, tmp_path, monkeypatch, capsys):
+    """Trained without the template that lies beside them: so are their soup, and the reference of a DPO model."""
+    for name in ("a", "b"):
+        words = trained(world, "dpo", tmp_path / name, "pairs.jsonl", "--chat-template", "plain", "--seed", ord(name))
+        assert run(train, monkeypatch, words) == 0
+    words = ["soup", tmp_path / "a", tmp_path / "b", "--weights", 1, 1, "--out", tmp_path / "soup"]
+    assert run(combine, monkeypatch, words) == 0
+    assert chat.find(tmp_path / "soup") is None is not chat.find(world / "instruct")
+    assert not isinstance(align.Writer(tmp_path / "soup", "cpu").tokenizer, chat.Chat)
+    over = trained(world, "sft", tmp_path / "soup", "sft.jsonl", "--overwrite")
+    refused(train, monkeypatch, capsys, over, "run of several parts", "choose another --out")
+    words = ["implicit", "--policy", tmp_path / "a", "--reference", world / "instruct", "--name", "x", "--data",
+             world / "pairs.jsonl", "--out", tmp_path / "scored.jsonl", "--device", "cpu"]
+    assert run(combine, monkeypatch, words) == 0
+    good, bad = json.loads((tmp_path / "scored.jsonl").read_text().splitlines()[0])["responses"]
+    plain, chosen = checkpoint.load_tokenizer(world / "instruct"), {"prompt": DIALOGUE, "completion": good["text"]}
+    sums = [combine.response_logprobs(checkpoint.load(folder), plain, [chosen], 400)[0]
+            for folder in (tmp_path / "a", world / "instruct")]
+    assert good["scores"]["x"] == pytest.approx(0.1 * (sums[0] - sums[1]), abs=1e-3)
+
+
+def test_the_card_tells_how_a_model_behind_a_template_is_asked(world, taught, tmp_path, monkeypatch, capsys):
+    """Its code, run with transformers, says what was learned by heart, and scores as we do."""
+    rows = [{"prompt": f"Why {n}?", "responses": [response("Yes.", helpful=1), response("No.", helpful=0)]}
+            for n in range(4)]
+    write(tmp_path / "pairs.jsonl", *data.reformulate(rows, [data.OBJECTIVES["helpful"]]))
+    assert run(train, monkeypatch, trained(world, "better", tmp_path / "aligner", tmp_path / "pairs.jsonl")) == 0
+    card = (tmp_path / "aligner" / "README.md").read_text()
+    assert f"```\n{data.TEMPLATE['better']}\n```" in card and "add_generation_prompt=True" in card
+    assert run(train, monkeypatch, trained(world, "reward", tmp_path / "pm", "pairs.jsonl")) == 0
+    pytest.importorskip("transformers")
+    prompt, answer = "How do I cook rice?", "With water."
+    for folder in (taught, tmp_path / "pm"):
+        code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        capsys.readouterr()
+        exec(code.replace(f'"{folder.name}"', repr(str(folder))), {"prompt": prompt, "pairs": [(prompt, answer)]})
+        said = capsys.readouterr().out
+        if folder == taught:
+            assert said.strip() == answer
+    score = scorers.Scorers([tmp_path / "pm"], "cpu").score([prompt], [answer])
+    assert float(re.search(r"tensor\(\[(.*?)\]", said)[1]) == pytest.approx(float(score), abs=2e-3)
+
+
+def test_adapters_of_one_base_are_each_asked_as_they_were_trained(world, tmp_path, monkeypatch):
+    """Side by side, a preference model with the template and one without score as each does alone."""
+    folders = [tmp_path / how / "overall" for how in ("auto", "plain")]
+    for folder in folders:
+        words = ["train", world / "pairs.jsonl", "--model", world / "instruct", "--out", folder.parent, "--lora-rank",
+                 2, "--lr", 1e-2, "--batch", 4, "--max-steps", 2, "--val-share", 0, "--device", "cpu", "--max-tokens",
+                 400, "--chat-template", folder.parent.name]
+        assert run(reward, monkeypatch, words) == 0
+    texts = [DIALOGUE, "How do I cook rice?"], ["Salt it.", "With water."]
+    together = scorers.Scorers(folders, "cpu").score(*texts)
+    alone = [scorers.Scorers([folder], "cpu").score(*texts)[0] for folder in folders]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_chat_template_is_refused_for_a_server(tmp_path, monkeypatch, capsys):

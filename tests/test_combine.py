@@ -110,7 +110,7 @@ def test_a_soup_is_the_average_weight_by_weight_and_loads_as_any_model(world, tm
     assert checkpoint.load_tokenizer(out, llama).to_str() == checkpoint.load_tokenizer(world / "a").to_str()
     assert llama.config == checkpoint.load(world / "a").config
     left = {path.name for path in out.iterdir()} - {*folders.SIDE, "README.md"}
-    assert left == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert left == {"config.json", "model.safetensors", "run.json", "tokenizer.json"}
 
 
 @pytest.mark.parametrize("names, weights, same", [("abc", [0, 2.5, 0], "b"), ("abc", [1, 0, 0], "a"),
@@ -207,7 +207,7 @@ def test_an_interrupted_soup_leaves_no_model_and_can_be_made_again(world, tmp_pa
         assert run(combine, monkeypatch, words) == 130
     (tmp_path / "out/none").unlink(missing_ok=True)
     left = {path.name for path in (tmp_path / "out").iterdir()} - {*folders.SIDE, "README.md"}
-    assert left == {*["model.safetensors"] * (dying == "configuration"), "tokenizer.json"}
+    assert left == {*["model.safetensors"] * (dying == "configuration"), "run.json", "tokenizer.json"}
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / "out")
     assert run(combine, monkeypatch, words) == 0

@@ -213,7 +213,7 @@ def test_models_with_and_without_these_files_fit_each_other(world):
 def test_a_soup_is_whole(world, tmp_path, monkeypatch):
     words = ["soup", world / "policy", world / "merged", "--weights", 1, 3, "--out", tmp_path / "out"]
     assert run(combine, monkeypatch, words) == 0
-    assert names(tmp_path / "out") == MADE - {"metrics.jsonl", "run.json"}
+    assert names(tmp_path / "out") == MADE - {"metrics.jsonl"}
     for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (world / "policy" / name).read_bytes()
     assert "| method | soup |" in (tmp_path / "out/README.md").read_text()

@@ -52,7 +52,8 @@ def stopped(tmp_path):
 
 
 def test_every_row_goes_to_the_log_too(tmp_path, monkeypatch):
-    """Fakes of both packages, which the tests do without."""
+    """Fakes of both packages, which the tests do without. (Without reinit, wandb would put the rows of a process's
+    second run, a preference model's, say, into its first.)"""
     sent = []
     wandb = types.SimpleNamespace(init=lambda **more: sent.append(more) or types.SimpleNamespace(log=sent.append))
     writer = types.SimpleNamespace(add_scalar=lambda *words: sent.append(words), flush=lambda: None)
@@ -62,7 +63,7 @@ def test_every_row_goes_to_the_log_too(tmp_path, monkeypatch):
     row = {"stage": "sft", "step": 2, "loss": 0.5, "samples": []}
     run = Run(tmp_path / "w", SETTINGS, log="wandb")
     run.write(row)
-    assert sent == [{"dir": str(tmp_path / "w"), "name": "w"}, {"sft/step": 2, "sft/loss": 0.5}]
+    assert sent == [{"dir": str(tmp_path / "w"), "name": "w", "reinit": True}, {"sft/step": 2, "sft/loss": 0.5}]
     sent.clear()
     run = Run(tmp_path / "t", SETTINGS, log="tensorboard")
     run.write(row)
