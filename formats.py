@@ -148,7 +148,10 @@ def from_rated(record, where, _):
     answers = [(field(response, "text", where),
                 {} if response.get("scores") is None else field(response, "scores", where, dict))
                for response in objects(record, "responses", where)]
-    return field(record, "prompt", where), answers
+    margin = record.get("margin")
+    if margin is not None and (type(margin) not in (int, float) or not 0 <= margin < math.inf):
+        raise UserError(f"{where}: 'margin' is {shown(margin)}, not a number from 0; mend or remove it")
+    return field(record, "prompt", where), answers, False, margin
 
 
 def present(scores, where):

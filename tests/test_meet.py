@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import combine
 import conftest
 import data
 import eval as evaluation
@@ -144,6 +145,18 @@ def test_two_pairs_of_one_prompt_are_not_compared_with_each_other(tmp_path):
     for pairs in (["xy", "xz", "yx"], ["xx", "xy", "xz"], ["xx"], ["xy", "xz", "yz", "zx"]):  # not each pair once
         again = write(tmp_path / "again.jsonl", *(label("q", *pair, "detail", 0.9) for pair in pairs))
         assert ["".join(each["text"] for each in row["responses"]) for row in formats.read_rated(again)] == pairs
+
+
+def test_a_margin_is_kept_where_rated_rows_are_written_and_read_again(tmp_path, monkeypatch, capsys):
+    """By combine.py best, here: of labels, which are estimates."""
+    label = formats.preference("Why?", "Yes.", "No.", "toxicity", 0.55)
+    words = ["best", write(tmp_path / "labels.jsonl", label), "--weights", "toxicity=1", "--out", tmp_path / "b.jsonl"]
+    assert run(combine, monkeypatch, words) == 0
+    assert [row["margin"] for row in formats.read_rated(tmp_path / "b.jsonl")] == [formats.LABEL_MARGIN]
+    for wrong in (-1, "0.2", True):
+        path = write(tmp_path / "rated.jsonl", {"prompt": "Why?", "responses": [], "margin": wrong})
+        words = ["reformulate", path, "--out", tmp_path / "o.jsonl"]
+        conftest.refused(data, monkeypatch, capsys, words, "rated.jsonl:1", "'margin' is")
 
 
 def test_principles_are_objectives_and_others_are_told_of(tmp_path, monkeypatch, capsys):
