@@ -334,6 +334,9 @@ def compare(parts, title, wanted=()):
         more = f"{left} more figures; --figures TEXT names some" if left else ""
         html += ["<h3>What came of it</h3>", html_table(head, rows), f'<p class="soft">{more}</p>']
         texts += [text_table(head, rows), *filter(None, [more])]
+    elif wanted and left:
+        texts.append(f"none of {left} figures has {' or '.join(wanted)} in its name")
+        html.append(f'<p class="soft">{escape(texts[-1].capitalize())}</p>')
     elif not any(part.curves for part in parts):
         rows = [[part.name, *(part.settings.get(name, "-") for name in columns), part.state] for part in parts]
         html.append(html_table(["run", *columns, "state"], rows))
@@ -359,7 +362,10 @@ def main():
         f"(default: the first {MOST})")
     add("--out", default="runs/runs.html", metavar="FILE", help="the page (default runs/runs.html)")
     args = parser.parse_args()
-    folders = list({folder.resolve(): folder for folder in map(Path, args.runs)}.values())
+    given = {folder.resolve(): folder for folder in map(Path, args.runs)}
+    folders = [folder for place, folder in given.items() if place != Path(args.out).resolve() or folder.is_dir()]
+    if not folders:
+        parser.error(f"{args.out} is the page; give folders of runs")
     check_out(args.out, [folder / name for folder in folders for name in FILES])
     above = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
     names, by_part = [str(folder.resolve().relative_to(above)) for folder in folders], {}

@@ -208,3 +208,13 @@ def test_different_code_is_said(tmp_path, monkeypatch, capsys):
     told = json.loads((two / "run.json").read_text())
     (two / "run.json").write_text(json.dumps({**told, "code": {"train": "2"}}))
     assert "made by different code: train" in compared(monkeypatch, capsys, tmp_path, one, two)[0]
+
+
+def test_the_page_is_no_run_and_a_name_that_no_figure_has_is_told(tmp_path, monkeypatch, capsys):
+    """`runs.py runs/*` finds the page that it wrote there before."""
+    folder, page = make(tmp_path / "a"), tmp_path / "runs.html"
+    (folder / "results.json").write_text(json.dumps({"gain of x": {"mean": 2.0, "interval": None}}))
+    for _ in range(2):
+        assert run(runs, monkeypatch, [*sorted(tmp_path.iterdir()), "--out", page, "--figures", "kept"]) == 0
+        assert "none of 1 figures has kept in its name" in capsys.readouterr().out
+    refused(runs, monkeypatch, capsys, [page, "--out", page], "is the page")
