@@ -204,7 +204,7 @@ def card(folder, llama, about, template=False):
            f"align.py --model {folder.name} --data answers.jsonl --out aligned.jsonl" if edits else
            f"feedback.py answer prompts.jsonl --policy {folder.name} --out answers.jsonl")
     return "\n".join([*head, "| | |", "|---|---|", *rows, "", "## Use", "", "```python", *code, "```", "",
-                      f"With nanoalign: `python {use}`.", *asked(about.get("prompt"), edits)]) + "\n"
+                      f"With nanoalign: `python {use}`.", *asked(about.get("prompt") or "", edits, template)]) + "\n"
 
 
 def facts(folder, about):
@@ -234,10 +234,11 @@ def hub_name(base):
     return on_card and on_card[1]
 
 
-def asked(prompt, edits):
-    """The lines of a card that tell an aligner's prompt."""
+def asked(prompt, edits, template):
+    """The lines of a card that tell an aligner's prompt, which a chat template's words may stand before."""
     if not edits:
         return []
-    if not any(split_template(text)[0] in (prompt or "") for text in TEMPLATE.values()):  # in it: a chat template begins
+    begins = [split_template(text)[0] for text in TEMPLATE.values()]
+    if not any(text in prompt if template else prompt.startswith(text) for text in begins):
         return ["", "Its prompts are those of the template with which its pairs were made (`data.py --template`)."]
     return ["", "Its prompt, with the objectives' descriptions joined by \"; \":", "", "```", TEMPLATE["better"], "```"]

@@ -355,7 +355,7 @@ def validate(llama, tokenizer, stage, step, run, options, progress=True):
     run.write(row)
 
 
-SAMPLE = 48  # tokens of a sample, at most
+SAMPLE = 48  # tokens of a sample, at most, and as far as the context goes
 
 
 def write_samples(llama, tokenizer, stage, options):
@@ -368,8 +368,9 @@ def write_samples(llama, tokenizer, stage, options):
         if len(prompts) == options.samples:
             break
     prompts = list(map(list, prompts))
+    room = llama.config.max_position_embeddings - max(map(len, prompts))
     with autocast(llama.device, options):
-        texts = generate(llama, prompts, SAMPLE, stop_ids=llama.config.stop_ids)
+        texts = generate(llama, prompts, min(SAMPLE, room), stop_ids=llama.config.stop_ids)
     return [{"prompt": tokenizer.decode(ids)[-1000:], "text": tokenizer.decode(new)}
             for ids, new in zip(prompts, texts)]
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -294,6 +295,20 @@ def test_samples_are_greedy_continuations_of_held_out_prompts(world, tmp_path, m
                                for prompt, new in zip(held_out, written)]
     assert "out: sft, step 2: " in capsys.readouterr().out
     assert "samples" not in json.loads((tmp_path / "out" / "run.json").read_text())["last"]
+
+
+@pytest.mark.parametrize("context", [40, 16, 10])
+def test_samples_end_where_the_context_does(context):
+    """A sliding window is not computed beyond it."""
+    llama = Llama(Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, eos_token_id=None,
+                         num_attention_heads=2, max_position_embeddings=100, model_type="mistral",
+                         sliding_window=context))
+    documents = [data.Document(array("i", range(2, 2 + size)), size - 1) for size in (5, 11)]
+    stage = train.Stage("sft", [], [data.Example([document]) for document in documents])
+    words = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    samples = train.write_samples(llama, words, stage, train.Options(precision="fp32"))
+    lengths = [(len(sample["prompt"].split()), len(sample["text"].split())) for sample in samples]
+    assert lengths == [(4, context - 10), (10, context - 10)]
 
 
 def test_samples_change_nothing_else(world, tmp_path, monkeypatch, finished):
