@@ -26,6 +26,7 @@ from common import UserError, code_of, digest, first_line, in_short, locked, wri
 MODEL = ("config.json", "adapter_config.json")  # of which a folder with a model has one
 MADE = ("run.json", "state.pt", "principle.json", *MODEL, "model.safetensors", "adapter_model.safetensors",
         "context.json")  # what a run makes, and must not outlive it
+TABLES = ("settings", "code", "options", "files", "parts")  # the objects in run.json
 
 
 def read_metrics(out):
@@ -52,7 +53,7 @@ def read_run(out):
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or not all(isinstance(run.get(key, {}), dict) for key in ("settings", "code")):
+        if not isinstance(run, dict) or not all(isinstance(run.get(key, {}), dict) for key in TABLES):
             raise ValueError("it does not describe a run")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); delete it, or give another --out") from error

@@ -110,8 +110,9 @@ def cells(value, name=()):
     however deep."""
     for key in ("mean", "net", "gain"):
         if isinstance(value, dict) and isinstance(value.get(key), (int, float)):
-            yield (*name, *([] if key == "mean" else [key])), value[key], value.get(f"{key}_interval",
-                                                                                    value.get("interval"))
+            interval = value.get(f"{key}_interval", value.get("interval"))
+            pair = isinstance(interval, list) and [isinstance(end, (int, float)) for end in interval] == [True, True]
+            yield (*name, *([] if key == "mean" else [key])), value[key], interval if pair else None
             return
     if isinstance(value, dict):
         for key, part in value.items():

@@ -128,6 +128,8 @@ def test_a_killed_runs_torn_line_is_left_out(tmp_path, monkeypatch, capsys):
     (lambda path: path.write_text('{"stage": "sft", "step": 1, "loss": 2}\n'),
      "metrics.jsonl:1: 'tokens' is no number"),
     (lambda path: (path.parent / "run.json").write_text("{"), "run.json: cannot be read"),
+    (lambda path: (path.parent / "run.json").write_text('{"files": [1]}'), "run.json: cannot be read"),
+    (lambda path: (path.parent / "run.json").write_text('{"options": 3}'), "run.json: cannot be read"),
     (lambda path: (path.parent / "results.json").write_text("nothing"), "results.json: cannot be read")])
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, spoil, said):
     folder = make(tmp_path / "run")
@@ -213,7 +215,7 @@ def test_different_code_is_said(tmp_path, monkeypatch, capsys):
 def test_the_page_is_no_run_and_a_name_that_no_figure_has_is_told(tmp_path, monkeypatch, capsys):
     """`runs.py runs/*` finds the page that it wrote there before."""
     folder, page = make(tmp_path / "a"), tmp_path / "runs.html"
-    (folder / "results.json").write_text(json.dumps({"gain of x": {"mean": 2.0, "interval": None}}))
+    (folder / "results.json").write_text(json.dumps({"gain of x": {"mean": 2.0, "interval": 5}}))
     for _ in range(2):
         assert run(runs, monkeypatch, [*sorted(tmp_path.iterdir()), "--out", page, "--figures", "kept"]) == 0
         assert "none of 1 figures has kept in its name" in capsys.readouterr().out
