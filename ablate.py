@@ -2,7 +2,7 @@
 
     python ablate.py                           everything: hours; killed anywhere, it goes on when started again
     python ablate.py --figures words pairs     some figures
-    python ablate.py --figures pairs --seeds 0 --steps 200
+    python ablate.py --figures pairs --seeds 0 --scale 0.2
 
     words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
     size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps

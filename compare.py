@@ -1,7 +1,7 @@
 """The rivals side by side: MetaAligner's Table 1 as columns that a command fills in.
 
     python compare.py                      all rivals (rivals.py lists them), three seeds
-    python compare.py --quick              eight of them, one seed, shorter trainings
+    python compare.py --quick              the start and eight of them, one seed, shorter trainings
     python compare.py --only dpo ric       some of them
 
 On the embedded world every objective is judged exactly. All rivals begin from one policy and learn from the same rated
@@ -277,7 +277,8 @@ def main():
     add("--out", default="runs/compare", metavar="FOLDER", help="where everything is written (default runs/compare)")
     add("--seeds", nargs="+", type=number(int, 0), default=None, metavar="N", help="(default 0 1 2; --quick: 0)")
     add("--quick", action="store_true", help=f"{', '.join(QUICK)}; one value of each knob, short trainings")
-    add("--only", nargs="+", choices=list(RIVALS), metavar="RIVAL", help=f"some of {', '.join(RIVALS)}")
+    add("--only", nargs="+", choices=list(RIVALS), metavar="RIVAL",
+        help=f"some of: {'; '.join(RIVALS)} (those with a comma in quotes)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
     names = list(dict.fromkeys(["start", *(args.only or (QUICK if args.quick else RIVALS))]))

@@ -388,13 +388,20 @@ def run_reformulate(files, out, objectives, objective, queries, template, pairin
                 scored.update(names)
                 yield row
 
+    other = Counter()
+
     def examples():
         bar = tqdm(rated(), desc="reformulate", unit=" rows", disable=None)
         for example in reformulate(bar, wanted, pairing, template, skipped):
             if relations and example["relation"] not in relations:
+                other[example["relation"]] += 1
                 continue
             made[example["relation"], len(example["objectives"])] += 1
             yield with_pair(example)
+        if not made and other:
+            there = ", ".join(f"{count:,} {relation}" for relation, count in other.items())
+            raise UserError(f"{files[0]}: gives no {' or '.join(relations)} example, but {there}; choose of these with "
+                            "--relations (keep needs --keep as well)")
         if not made:
             raise UserError(f"{files[0]}: gives no example (scored: {shorten(scored) or 'nothing'}); "
                             "give prompts with two answers or more, scored on the objectives asked for")

@@ -62,7 +62,7 @@ def first_and_all(iterator, path):
     """(the first item, an iterator over all of them); UserError if there is none."""
     for first in iterator:
         return first, itertools.chain([first], iterator)
-    raise UserError(f"{path}: no data in it; give a file that is not empty")
+    raise UserError(f"{path}: no data in it (empty, or nothing below a header); give a file with records")
 
 
 def records(path):

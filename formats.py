@@ -46,7 +46,7 @@ def located_rated(path, objective=None, queries=None, skipped=None, source=None)
         raise UserError(f"{where}: these are examples already (prompt, completion); give the data rated")
     convert = next((convert for _, keys, convert in FORMATS if keys <= columns), None)
     if convert is None:
-        raise UserError(f"{where}: no known format has {shorten(record)}; {KNOWN}")
+        raise UserError(f"{where}: no known format has {shorten(record) or 'no keys'}; {KNOWN}")
     if convert in (from_pair, from_kto, from_auto_j):
         objective = objective or objective_of_path(path)
     def converted():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
-from files import read_json, shown
+from files import read_json, shorten, shown
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def find_objectives(wanted, known=OBJECTIVES):
         elif ":" in item:
             new = [make_objective(*item.split(":", 1), where=repr(item))]
         else:
-            raise UserError(f"unknown objective {item!r}; {nearest(item, known)}"
-                            'give a known name or "Name: what a response should do"')
+            near = nearest(item, known) or f"known are {shorten(known, 400)}; "
+            raise UserError(f'unknown objective {item!r}; {near}give a known name or "Name: what a response should do"')
         for objective in new:
             if found.setdefault(objective.name, objective) != objective:
                 raise UserError(f"objective {objective.name!r} has two different descriptions; leave one out")

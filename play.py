@@ -24,10 +24,10 @@ ALIKE = 0.75, 0.8  # a wish this much like a known wording, without or with a wo
 
 
 def ask(what):
-    """A line from the terminal, or None at its end."""
+    """A line from the terminal; None at its end, and for "quit" and "exit"."""
     print(f"{what}: ", end="", flush=True, file=sys.stderr)
     line = sys.stdin.readline()
-    return line.strip() if line else None
+    return line.strip() if line and line.strip().lower() not in ("quit", "exit") else None
 
 
 def task_meant(text):
@@ -121,7 +121,8 @@ def main():
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
     if not (Path(args.run) / "aligner").is_dir():
-        raise UserError(f"{args.run}: holds no aligner; run `make train` first, or give --run FOLDER")
+        raise UserError(f"{args.run}: holds no aligner; run `make train` first, or give --run FOLDER (QUICK=1 "
+                        "makes runs/quick)")
     play(args.run, args.policy, args.seed, args.device)
 
 

@@ -9,6 +9,7 @@ a new question.
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -134,21 +135,25 @@ def differences(there, asked):
 # Training runs
 
 
-def logger(name, out):
-    """What takes a row of metrics to --log's wandb or tensorboard too; None where name is "". UserError where it is not
-    installed."""
+def check_log(name):
+    """UserError where --log's wandb or tensorboard is not installed."""
     try:
-        if name == "wandb":
-            import wandb
-            send = wandb.init(dir=str(out), name=Path(out).name, reinit=True).log  # a run for each Run
-        elif name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(out))
-        else:
-            return None
+        importlib.import_module({"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}.get(name, "json"))
     except ImportError as error:
         raise UserError(f"--log {name}: cannot be imported ({first_line(error)}); pip install {name}, or leave --log "
                         "out") from error
+
+
+def logger(name, out):
+    """What takes a row of metrics to --log's wandb or tensorboard too; None where name is ""."""
+    if name == "wandb":
+        import wandb
+        send = wandb.init(dir=str(out), name=Path(out).name, reinit=True).log  # a run for each Run
+    elif name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(out))
+    else:
+        return None
 
     def log(row):
         flat = {**row, **{f"score/{key}": value for key, value in row.get("score", {}).items()}}
@@ -183,6 +188,7 @@ class Run:
     def __init__(self, out, settings, script="train", resume=False, overwrite=False, about=None,
                  log=""):
         self.out, self.settings, self.code = Path(out), json.loads(json.dumps(settings)), code_of(script)
+        check_log(log)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path, self.state = self.out / "state.pt", None
         what, told = self.compare(resume, overwrite)

@@ -285,8 +285,10 @@ def stage_table(groups, stage, columns):
 
 
 def figure_table(groups, wanted):
-    """(head, rows, how many figures are not shown) of what came of the runs."""
+    """(head, rows, how many figures are not shown) of what came of the runs: each by itself, then those joined."""
     known = [(label, parts) for label, parts in groups if any(part.figures for part in parts)]
+    known = [column for label, parts in known for column in (
+        [(part.name, [part]) for part in parts] + [(f"= {label}", parts)] * (len(parts) > 1))]
     names = list(dict.fromkeys(name for _, parts in known for part in parts for name in part.figures))
     named = [name for name in names if not wanted or any(text in name for text in wanted)]
     shown = named if wanted else named[:MOST]
@@ -325,6 +327,10 @@ def compare(parts, title, wanted=()):
     if other and len(parts) > 1:
         texts.append(f"made by different code: {', '.join(other)}")
         html.append(f'<p class="soft">{escape(texts[-1].capitalize())}</p>')
+    if not all(part.curves or part.figures for part in parts):  # killed before its first step, say
+        rows = [[part.name, *(part.settings.get(name, "-") for name in columns), part.state] for part in parts]
+        html.append(html_table(["run", *columns, "state"], rows))
+        texts.append(text_table(["run", *columns, "state"], rows))
     for stage in dict.fromkeys(stage for part in parts for stage in part.curves):
         table, cards = stage_table(groups, stage, columns), sample_cards(groups, stage)
         html += [f"<h3>{escape(stage)}</h3>", chart(groups, stage), html_table(*table)]
@@ -338,10 +344,6 @@ def compare(parts, title, wanted=()):
     elif wanted and left:
         texts.append(f"none of {left} figures has {' or '.join(wanted)} in its name")
         html.append(f'<p class="soft">{escape(texts[-1].capitalize())}</p>')
-    elif not any(part.curves for part in parts):
-        rows = [[part.name, *(part.settings.get(name, "-") for name in columns), part.state] for part in parts]
-        html.append(html_table(["run", *columns, "state"], rows))
-        texts.append(text_table(["run", *columns, "state"], rows))
     return html, texts
 
 

@@ -351,7 +351,7 @@ def validate(llama, tokenizer, stage, step, run, options, progress=True):
         row["samples"] = write_samples(llama, tokenizer, stage, options)
         if progress:
             text = " ".join(data.printable(row["samples"][0]["text"], 100).split())
-            tqdm.write(f"{run.out.name}: {stage.name}, step {step}: {text}")
+            tqdm.write(f"{run.out.name}: {stage.name}, step {step}: {text or '(nothing)'}")
     run.write(row)
 
 

@@ -73,7 +73,7 @@ def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path)
 @pytest.mark.parametrize("wanted, message", [
     (["harmles"], "unknown objective 'harmles'.*: harmless;"),
     (["instruction"], "instruction_following"),
-    (["zzzz"], "unknown objective 'zzzz'; give a known name or"),
+    (["zzzz"], "unknown objective 'zzzz'; known are harmless, helpful, .*; give a known name or"),
     ([": no name"], "needs a name"), (["name: "], "needs a name"),
     (["helpful", "helpful: something else"], "two different"),
     (["absent.json"], "absent.json: no such file"),

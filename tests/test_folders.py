@@ -30,7 +30,7 @@ import reward
 import toy
 import train
 from common import UserError, write_jsonl
-from conftest import response, run, write
+from conftest import refused, response, run, write
 from generate import generate
 from model import Config, Llama
 
@@ -275,7 +275,7 @@ def test_an_aligners_own_template_is_not_told_as_ours(world, tmp_path):
     assert "--template" in (out / "README.md").read_text()
 
 
-def test_pairs_say_what_is_better_than_what(world, tmp_path, monkeypatch):
+def test_pairs_say_what_is_better_than_what(world, tmp_path, monkeypatch, capsys):
     kinds = set()
     for row in map(json.loads, (world / "pairs.jsonl").open()):
         kinds.add(row["relation"])
@@ -295,6 +295,9 @@ def test_pairs_say_what_is_better_than_what(world, tmp_path, monkeypatch):
         words = ["reformulate", source, "--out", tmp_path / "out.jsonl"]
         assert run(data, monkeypatch, [*words, *["--relations"][:len(relations)], *relations]) == 0
         assert [json.loads(row)["relation"] for row in (tmp_path / "out.jsonl").open()] == found
+    refused(data, monkeypatch, capsys, ["reformulate", source, "--out", tmp_path / "none.jsonl", "--relations", "keep"],
+            "gives no keep example, but 1 better, 1 equal", "--keep")
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------

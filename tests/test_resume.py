@@ -74,12 +74,15 @@ def test_every_row_goes_to_the_log_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, package", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_log_that_is_not_installed_is_one_line_and_harms_nothing(stopped, monkeypatch, name, package):
+def test_a_log_that_is_not_installed_is_one_line_and_harms_nothing(stopped, tmp_path, monkeypatch, name, package):
     before = contents(stopped)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"--log {name}: cannot be imported .*; pip install {name}, or leave --log out"):
         Run(stopped, OTHER, overwrite=True, log=name)
     assert contents(stopped) == before
+    with pytest.raises(UserError, match=f"--log {name}"):
+        Run(tmp_path / "new", OTHER, log=name)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Runs side by side: folders made by hand, whose tables are worked out by hand, and a real run's."""
 import json
+import re
 import math
 import statistics
 
@@ -47,6 +48,23 @@ def table(printed, head="run"):
         cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
         found[cells[0]] = dict(zip([column.strip() for column in columns[-len(cells) + 1:]], cells[1:]))
     return found
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_there(tmp_path, monkeypatch, capsys):
+    killed = make(tmp_path / "killed", ended=None)
+    (killed / "metrics.jsonl").write_text("")
+    printed, page = compared(monkeypatch, capsys, tmp_path, make(tmp_path / "whole", lr=0.001), killed)
+    assert table(printed) == {"whole": {"lr": "0.001", "state": "finished"},
+                              "killed": {"lr": "0.003", "state": "unfinished"}}
+    assert "\nsft\n" in printed
+
+
+def test_figures_stand_by_themselves_and_joined(tmp_path, monkeypatch, capsys):
+    """Student's t of two values is 12.71, and their deviation over the root of two is half their distance."""
+    for seed, gain in ((0, 10.0), (1, 12.0)):
+        write(make(tmp_path / f"s{seed}", seed=seed) / "results.json", {"summary": {"worth": {"mean": gain}}})
+    printed, _ = compared(monkeypatch, capsys, tmp_path, tmp_path / "s0", tmp_path / "s1")
+    assert "s0" in printed and re.search(r"\nworth +10\.00 +12\.00 +11\.00 \[-1\.71, 23\.71\]", printed)
 
 
 def test_the_options_that_differ_are_columns_and_no_others(tmp_path, monkeypatch, capsys):
