@@ -103,7 +103,7 @@ def run_soup(folders, weights, out):
         raise UserError(f"{out}: holds a model already; choose another --out")
     llama = soup(folders, weights)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"method": ["soup"], "base": folders[0], "changed": dict(zip(map(str, folders), weights))}
+    about = {"method": ["soup"], "base": str(folders[0]), "changed": dict(zip(map(str, folders), weights))}
     tokenizer = chat.with_template(checkpoint.load_tokenizer(folders[0], llama), folders[0], llama.config)
     parts = {str(folder): checkpoint.fingerprint(folder) for folder in folders}
     run = {**circumstances(), **about, "parts": parts, "ended": None,
