@@ -49,7 +49,7 @@ play: setup  ## your own wishes, edited by the aligner of `make train`, and what
 ablate: setup  ## what following anybody's words takes, and what it costs: hours; goes on after a kill; ARGS="--seeds 0"
 	$(PY) ablate.py $(ARGS)
 
-compare: setup  ## the rivals of both papers, measured: 75 minutes, goes on after a kill; QUICK=1: eight of them
+compare: setup  ## the rivals of both papers, measured: hours, goes on after a kill; QUICK=1: eight of them
 	$(PY) compare.py $(if $(QUICK),--quick) $(ARGS)
 
 align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OBJECTIVES=
