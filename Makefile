@@ -65,8 +65,11 @@ runs: setup  ## runs side by side: options, losses, figures; RUNS="runs/a runs/b
 bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
 	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))
 
-test: setup  ## all tests
-	$(PY) -m pytest -q
+test: setup  ## all tests, in two processes of one thread each
+	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
+	$(PY) -m pytest -q tests/test_[g-z]*.py > $$log 2>&1 & second=$$!; \
+	$(PY) -m pytest -q tests/test_[a-f]*.py; first=$$?; \
+	wait $$second; status=$$?; cat $$log; rm $$log; exit $$((first + status))
 
 quick: setup  ## the tests that take three minutes
 	$(PY) -m pytest -q -m "not slow"

@@ -466,7 +466,7 @@ def test_the_page_explains_its_columns(tmp_path):
 def test_the_help_names_every_rival(monkeypatch, capsys):
     assert run(compare, monkeypatch, ["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    listed = said.partition("some of ")[2]
+    listed = said.partition("some of: ")[2]
     assert all(f"{name}" in listed for name in RIVALS) and set(compare.QUICK) <= set(RIVALS)
     assert set(compare.FRONTS) <= set(RIVALS) and len(compare.FRONTS) <= len(report.COLOURS)
 
