@@ -16,9 +16,9 @@ import checkpoint
 from data import TEMPLATE, split_template
 from resume import read_metrics
 
-TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 GENERATION, CHAT = "generation_config.json", "chat_template.jinja"
-SIDE = (*TOKENS, GENERATION, CHAT, "chat_template.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+SIDE = (*TOKEN_FILES, GENERATION, CHAT, "chat_template.json", "added_tokens.json", "tokenizer.model", "vocab.json",
         "merges.txt")
 MADE_HERE = {"made_by": "nanoalign"}  # in the tokenizer_config.json of a model that did not come with one
 CARD = "tags:\n- nanoalign\n"         # in a README.md of ours; any other is somebody else's
@@ -35,13 +35,13 @@ def complete(folder, llama, tokenizer, about):
         base, tokenizer = base or tokenizer.source.folder, tokenizer.tokenizer
     folder, config, roles = Path(folder).resolve(), llama.config, token_roles(llama.config, tokenizer)
     files, words = from_base(base, tokenizer)
-    told = parsed(files.get(TOKENS[0]))
+    told = parsed(files.get(TOKEN_FILES[0]))
     ours = MADE_HERE.items() <= told.items()
     if ours or not told:
         words = with_ends(words, config, tokenizer, roles)
         files.update(made_here(config, roles))
     elif config.num_labels:  # padded with what ends a text, as by many, a score would be read at the wrong place
-        files.update({name: {**parsed(files[name]), "pad_token": roles.get("pad_token")} for name in TOKENS
+        files.update({name: {**parsed(files[name]), "pad_token": roles.get("pad_token")} for name in TOKEN_FILES
                       if name in files})
     if ours or GENERATION not in files:
         files[GENERATION] = generation(config)
@@ -121,8 +121,8 @@ def with_ends(words, config, tokenizer, roles):
 
 
 def made_here(config, roles):
-    """{name: content} of TOKENS, of a model that did not come with them."""
-    return {TOKENS[1]: roles, TOKENS[0]: {
+    """{name: content} of TOKEN_FILES, of a model that did not come with them."""
+    return {TOKEN_FILES[1]: roles, TOKEN_FILES[0]: {
         "tokenizer_class": "PreTrainedTokenizerFast", **roles, "model_max_length": config.max_position_embeddings,
         "padding_side": "right" if config.num_labels else "left", "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"], **MADE_HERE}}

@@ -43,7 +43,7 @@ import toy
 import train
 from generate import generate
 from model import Packed, chosen_logprobs, device_named, token_logprobs
-from resume import Run, read_metrics, told
+from resume import Run, for_card, read_metrics
 
 
 @dataclass
@@ -155,7 +155,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     copies, join = copies_of(options, scalarization), reward.read_scalarization(scalarization)
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
     run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
-              overwrite, told(["ppo"], prompts[0], options) | (about or {}), options.log)
+              overwrite, for_card(["ppo"], prompts[0], options) | (about or {}), options.log)
     if run.finished:
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)

@@ -84,7 +84,7 @@ def now():
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def told(methods, prompt, options):
+def for_card(methods, prompt, options):
     """What a run was to do, for its model card: names of methods, a prompt that it saw, options."""
     changed = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
                if getattr(options, field.name) != field.default}

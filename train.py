@@ -39,7 +39,7 @@ from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
-from resume import Run, read_metrics, read_run, told
+from resume import Run, for_card, read_metrics, read_run
 
 
 @dataclass
@@ -227,7 +227,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
 
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
     was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
-    about = told([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options) | (about or {})
+    about = for_card([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options) | (about or {})
     run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite, about, options.log)
     if run.finished:
         return read_metrics(out)
