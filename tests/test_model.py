@@ -239,13 +239,13 @@ def test_attention_written_out_for_bfloat16(heads, tokens):
 @pytest.mark.cuda
 def test_cuda_agrees_with_cpu():
     llama, tokens = tiny(seed=3), random_tokens(40)
-    expected = packed_logits(llama, tokens)
+    expected = packed_logits(llama, tokens).detach()
     gradient = gradients(llama)["model.embed_tokens.weight"]
     llama.to("cuda")
-    found = logits(llama, tokens[None].cuda(), Packed(LENGTHS, "cuda"))[0]
+    found = logits(llama, tokens[None].to("cuda"), Packed(LENGTHS, "cuda"))[0]
     assert torch.allclose(found.cpu(), expected, atol=1e-3)
     llama.zero_grad()
-    token_logprobs(llama, tokens.cuda(), LENGTHS, ALL_TARGETS.cuda(), chunk=7).square().mean().backward()
+    token_logprobs(llama, tokens.to("cuda"), LENGTHS, ALL_TARGETS.to("cuda"), chunk=7).square().mean().backward()
     assert torch.allclose(llama.model.embed_tokens.weight.grad.cpu(), gradient, atol=1e-3 * gradient.abs().max())
 
 
