@@ -16,7 +16,7 @@ PAIRING    ?=
 PEER       ?=
 PY = .venv/bin/python
 
-.PHONY: help setup train morlaif play ablate compare runs test quick campaign lint align eval bench clean clean-runs
+.PHONY: help setup train morlaif play ablate compare runs test quick campaign lint align eval bench gpu clean clean-runs
 
 help:   ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -64,6 +64,9 @@ runs: setup  ## runs side by side: options, losses, figures; RUNS="runs/a runs/b
 
 bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
 	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))
+
+gpu: setup  ## on a machine with a GPU: its tests, and how fast it is, in 15 minutes; without make: python bench.py gpu
+	$(PY) bench.py gpu $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 test: setup  ## all tests, in two processes of one thread each
 	@log=$$(mktemp); export OMP_NUM_THREADS=1; \

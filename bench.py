@@ -3,31 +3,40 @@
     machine   a bf16 matrix product and a copy: what the other figures are measured against
     train     supervised fine-tuning, of a 40M Llama if no other is given: train.py's step against TRL's SFTTrainer
     dpo       the same for DPO on preference pairs, the reference included; and whether both find the same losses
-    large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation of full fine-tuning, memory of it and of LoRA
+    large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation and memory of full fine-tuning and of LoRA
     align     greedy edits of real answers: align.py's generation against `transformers`, at its best batch size, or one
               by one with prompt lookup; and whether both write the same
     copy      edits that keep 65 to 75 % of their input, one at a time: guessing tokens from the prompt against
               transformers' prompt lookup, not guessing against its plain generation; batches against not guessing
-    decode    one sequence without copying, 7B on a GPU, else 40M: weights read per second against the copy
+    decode    without copying, one sequence and many, 7B on a GPU, else 40M: bytes read per second against the copy
+    ppo       an iteration of ppo.py, 1.1B on a GPU, else 40M: how long it answers, and how long it learns
+    story     seconds that `make train` takes, whose aligner copy then edits with, where --aligner names none
+    tests     on a GPU, the tests that need one
+    gpu       on a machine with a GPU, all that is to be known of it: tests, large, decode, ppo, story and copy
 
+Without PART, all are run up to decode. One that fails is told on its line, and the others go on.
 Every measurement is a process of its own, so that its peak memory is its own. The aligner is one that `make train`
 wrote, as it is and widened to 40M parameters: the same function at that size's cost (see `widen`). Both sides are timed
 in turns, each in its fastest way; a line tells medians, and how far the turns' ratios spread. What is timed of ours
 stands in timed.py, what runs in the Python of a peer in peers.py.
 """
+import contextlib
 import difflib
 import itertools
 import json
 import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common import UserError, cli, make_parser, number
+from common import UserError, cli, make_parser, number, write_text
 
 import torch
 
@@ -40,9 +49,10 @@ import toy
 from align import DRAFT, Writer
 from measure import requests
 from model import Config, Llama, computes_bf16, device_named
-from peers import MAX_TOKENS, NEW_TOKENS, WARM, once
-from resume import MODEL
+from peers import MAX_TOKENS, NEW_TOKENS, WARM
+from resume import MODEL, circumstances
 
+ROOT = Path(__file__).parent
 SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
 LARGE = {  # of TinyLlama and of Llama 2
     "1.1B": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
@@ -65,33 +75,6 @@ WRITING = {"batch 16": dict(batch=16), "batch 64": dict(batch=64), "one by one":
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-def seconds(device, function, *given):
-    """Seconds per call, over enough calls to last half a second, after two to warm up."""
-    for _ in range(2):
-        once(device, function, *given)
-    times = []
-    while len(times) < 3 or sum(times) < 0.5:
-        times.append(once(device, function, *given))
-    return sum(times) / len(times)
-
-
-def machine(device):
-    """bf16 FLOP/s of a matrix product, the best of three shapes; bytes/s of a copy, those read and those written."""
-    shapes = [(4096, 512, 1376), (4096, 2048, 2048)] + [(8192, 8192, 8192)] * (device == "cuda")
-    rates = []
-    for rows, inner, columns in shapes:
-        a = torch.randn(rows, inner, device=device).bfloat16()
-        b = torch.randn(columns, inner, device=device).bfloat16()
-        rates.append(2 * rows * inner * columns / seconds(device, torch.matmul, a, b.T))
-    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
-    target = torch.empty_like(source)
-    return {"flops": max(rates), "bytes": 2 * source.nbytes / seconds(device, target.copy_, source)}
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Each measurement in its process
 
 
@@ -105,12 +88,17 @@ def measure(kind, folder, device, peer=None, **job):
     command = [peer, peers.__file__] if kind in peers.JOBS else [sys.executable, timed.__file__]
     ended = subprocess.run([*command, kind, str(folder)], capture_output=True, text=True)
     if ended.returncode:
-        said = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix("error: ")
+        said = last_words(ended)
         if kind not in peers.JOBS:
             raise UserError(f"{kind}: {said}")
         print(f"{kind}: failed under {peer}: {said}", file=sys.stderr)
         return None
     return json.loads(ended.stdout.strip().splitlines()[-1])
+
+
+def last_words(ended):
+    """Why a process failed."""
+    return (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix("error: ")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -251,24 +239,40 @@ def kept(answer, edit):
     return sum(block.size for block in matcher.get_matching_blocks()) / max(1, len(answer))
 
 
-def flops(config, lengths, targets):
-    """Model FLOPs of a training step: 6 per weight and token, the head for targets only, causal attention."""
+def flops(config, lengths, targets, frozen=False):
+    """Model FLOPs of a training step: 6 per weight and token, the head for targets only, causal attention. Of frozen
+    weights 4, for they get no gradients; what their adapters add, a hundredth or less, is not counted."""
     block = config.hidden_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim \
         + 3 * config.hidden_size * config.intermediate_size
     inner = config.num_attention_heads * config.head_dim
-    return 6 * (config.num_hidden_layers * (block * sum(lengths) + inner * sum(n * n for n in lengths))
-                + config.vocab_size * config.hidden_size * targets)
+    weights = config.num_hidden_layers * block * sum(lengths) + config.vocab_size * config.hidden_size * targets
+    return (4 if frozen else 6) * weights + 6 * config.num_hidden_layers * inner * sum(n * n for n in lengths)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The parts, each a few lines of the table
 
 
-def print_line(what, ours=None, peer=None, note="", decimals=0, ratio=None):
+TABLE = {"lines": []}  # what was printed so far; "path": where it is kept too, if anywhere
+
+
+def print_line(what, ours=None, peer=None, note="", decimals=0, ratio=None, failed=False):
     """A line of the table, with how many times the peer's figure ours is, where that is not given."""
+    TABLE["lines"].append({"what": what, "ours": ours, "peer": peer, "note": note, "failed": failed})
+    if "path" in TABLE:
+        write_text(TABLE["path"], json.dumps({**TABLE["about"], "lines": TABLE["lines"]}, indent=1) + "\n")
     figures = ["" if figure is None else f"{figure:,.{decimals}f}" for figure in (ours, peer)]
     ratio = f"{ratio or ours / peer:.2f} x" if peer else ""
     print(f"{what:<46}{figures[0]:>14}{figures[1]:>14}{ratio:>9}  {note}".rstrip(), flush=True)
+
+
+@contextlib.contextmanager
+def going_on(what):
+    """What fails in here, for want of memory, say, is told on a line, and the next part goes on."""
+    try:
+        yield
+    except UserError as error:
+        print_line(what, note=f"failed: {error}", failed=True)
 
 
 def compare(what, rate, ours, theirs, told=lambda words, run: words, decimals=0):
@@ -291,11 +295,11 @@ def compare(what, rate, ours, theirs, told=lambda words, run: words, decimals=0)
                ratio=statistics.median(ratios) if ratios else None)
 
 
-def utilisation(config, batches, ours, rates):
+def utilisation(config, batches, ours, rates, frozen=False):
     """Of the steps that were timed, in words."""
     timed = [example for batch in batches[WARM:] for example in batch]
     targets = sum(len(ids) - max(start, 1) for ids, start in timed)
-    work = flops(config, [len(ids) for ids, _ in timed], targets)
+    work = flops(config, [len(ids) for ids, _ in timed], targets, frozen)
     return f"{100 * work / ours['seconds'] / rates['flops']:.0f} % of the matrix product; {ours['peak']:.1f} GiB"
 
 
@@ -308,8 +312,8 @@ def dtype_of(device):
     return "bfloat16" if computes_bf16(device) else "float32"
 
 
-def bench_machine(device):
-    rates = machine(device)
+def bench_machine(folder, device):
+    rates = measure("machine", folder, device)
     print(f"{'':<46}{'ours':>14}{'peer':>14}{'ratio':>9}")
     print_line("machine: bf16 matrix product, GFLOP/s", rates["flops"] / 1e9)
     print_line("machine: copy, GB/s", rates["bytes"] / 1e9, decimals=1)
@@ -365,26 +369,25 @@ def print_losses(what, ours, theirs):
 
 
 def bench_large(folder, device, rates, steps):
-    """Speed with 8 rows of 2,048 packed tokens at a time. Memory with one, and with two of them in a step: the second
-    comes when gradients are there already, as most do in training."""
-    row, rows = [700, 1348], 8 if device == "cuda" else 1
+    """Speed with 8 rows of 2,048 packed tokens at a time, of LoRA with 4. Memory with one, and with two of them in a
+    step: the second comes when gradients are there already, as most do in training."""
+    row, rows = [700, 1348], 8 if device == "cuda" else 2
     lean = dict(micro_tokens=2048, checkpoint_activations=True)
-    for what, unit, name, lengths, options in (
-            ("full, {}, 2,048 tokens", "real tokens/s", "1.1B", row * rows, dict(micro_tokens=2048 * rows)),
-            ("full, {}, lean", "GiB", "1.1B", [*row, 2048], dict(lean, bf16_moments=True)),
-            ("LoRA of rank 16, {}", "GiB", "7B", [*row, 2048], dict(lean, lora_rank=16))):
+    for what, name, lengths, options in (
+            ("full, {}", "1.1B", row * rows, dict(micro_tokens=2048 * rows)),
+            ("LoRA of rank 16, {}", "7B", row * (rows // 2), dict(micro_tokens=1024 * rows, lora_rank=16)),
+            ("full, {}, lean", "1.1B", [*row, 2048], dict(lean, bf16_moments=True)),
+            ("LoRA of rank 16, {}, lean", "7B", [*row, 2048], dict(lean, lora_rank=16))):
         label, size = large_size(name, device)
-        what = f"large: {what.format(label)}, {unit}"
+        what = f"large: {what.format(label)}, " + ("GiB" if "lean" in what else "real tokens/s")
         batches = random_batches(size["vocab_size"], lengths, WARM + steps)
-        try:
+        with going_on(what):
             ours = measure("train_large", folder, device, batches=batches, config=size, options=options)
-        except UserError as error:  # for want of memory, say
-            print_line(what, note=f"failed: {error}")
-            continue
-        if unit == "GiB":
-            print_line(what, ours["peak"], note=f"{speed(ours):,.0f} tokens/s", decimals=1)
-        else:
-            print_line(what, speed(ours), note=utilisation(Config(**size), batches, ours, rates))
+            if "lean" in what:
+                print_line(what, ours["peak"], note=f"{speed(ours):,.0f} tokens/s", decimals=1)
+            else:
+                print_line(what, speed(ours),
+                           note=utilisation(Config(**size), batches, ours, rates, bool(options.get("lora_rank"))))
 
 
 def bench_align(folder, device, peer, aligner, answers, count):
@@ -411,7 +414,7 @@ def check_same(what, where, device, peer, prompts):
 
 def bench_copy(folder, device, peer, aligner):
     """Edits that keep 65 to 75 % of their input; one sequence at a time beside the peer, several beside ourselves."""
-    found = embedded_prompts(Writer(aligner, device), 600)
+    found = embedded_prompts(Writer(aligner, "cpu"), 600)
     sizes = aligners(folder, aligner)
 
     def edits(where, prompts, batch, draft, passes=1):
@@ -439,17 +442,55 @@ def bench_copy(folder, device, peer, aligner):
         compare(f"copy: {label}, batch 16, against not copying", pace, {"": ours[DRAFT]}, {"ours": ours[0]}, told)
 
 
-def bench_decode(folder, device, rates):
+def bench_decode(folder, device, rates, peer=None):
     label, size = large_size("7B", device)
-    what = f"decode: {label}, one sequence, tokens/s"
-    try:
-        ours = measure("decode", folder, device, config=size, dtype=dtype_of(device))
-    except UserError as error:
-        print_line(what, note=f"failed: {error}")
-        return
-    rate = ours["bytes"] / ours["seconds"]
-    share = f"{100 * rate / rates['bytes']:.0f} % of the copy"
-    print_line(what, 1 / ours["seconds"], note=f"{rate / 1e9:.1f} GB/s of weights, {share}")
+    for batch in (1, 64) if device == "cuda" else (1, 4):
+        what = f"decode: {label}, {'one sequence' if batch == 1 else f'{batch} at a time'}, tokens/s"
+        job = dict(config=size, dtype=dtype_of(device), batch=batch)
+        with going_on(what):
+            ours = measure("decode", folder, device, **job)
+            theirs = measure("decode_transformers", folder, device, peer, **job) if peer else None
+            rate = ours["bytes"] / ours["seconds"]
+            print_line(what, batch / ours["seconds"], batch / theirs["seconds"] if theirs else None,
+                       f"{rate / 1e9:.1f} GB/s of weights and keys, {100 * rate / rates['bytes']:.0f} % of the copy")
+
+
+def bench_ppo(folder, device, rates):
+    """An iteration with ppo.py's own numbers on a GPU. What the others say of the responses is in "scoring": the policy
+    before it learns, its reference, the value head."""
+    label, size = large_size("1.1B", device)
+    job = dict(rollouts=128, minibatch=32, max_new_tokens=128) if device == "cuda" else \
+        dict(rollouts=4, minibatch=2, max_new_tokens=8)
+    ours = measure("ppo_ours", folder, device, config=size, options=job)
+    took, epochs = ours["seconds"], ours["epochs"]
+    work = epochs * flops(Config(**size), ours["lengths"], ours["actions"]) / took["learning"] / rates["flops"]
+    parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in took.items())
+    print_line(f"ppo: {label}, seconds of an iteration", sum(took.values()), decimals=2, note=f"{parts} "
+               f"({100 * work:.0f} % of the matrix product); {ours['actions'] / took['answering']:,.0f} tokens/s "
+               f"written; {ours['peak']:.1f} GiB")
+
+
+def bench_story(folder, device, aligner):
+    """The whole of `make train`, in a folder that is new; its aligner stays."""
+    began, out = time.perf_counter(), folder / "story"
+    command = [sys.executable, ROOT / "story.py", "--out", out, "--device", device]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        raise UserError(f"story.py: {last_words(ended)}")
+    print_line("story: seconds of make train", time.perf_counter() - began, decimals=1)
+    if not holds_model(aligner):
+        shutil.copytree(out / "aligner", aligner, dirs_exist_ok=True)
+
+
+def bench_tests(folder, device):
+    """Tests that need a GPU, and so are skipped on any other device."""
+    ended = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"], capture_output=True, text=True,
+                           cwd=ROOT)
+    said = (ended.stdout.strip().splitlines() or [last_words(ended)])[-1]
+    if ended.returncode:
+        print(ended.stdout[-10000:], file=sys.stderr)
+        raise UserError(said)
+    print_line("tests: passed", int((re.findall(r"(\d+) passed", said) or [0])[0]), note=said)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -457,21 +498,23 @@ def bench_decode(folder, device, rates):
 
 
 PARTS = {"train": bench_train, "dpo": bench_dpo, "large": bench_large, "align": bench_align, "copy": bench_copy,
-         "decode": bench_decode}
+         "decode": bench_decode, "ppo": bench_ppo, "story": bench_story, "tests": bench_tests}
+ON_A_GPU = ["tests", "large", "decode", "ppo", "story", "copy"]  # in this order: what is cut off is the least
 
 
 def arguments(argv=None):
-    parser, names = make_parser(__doc__), ["machine", *PARTS]
+    parser, names = make_parser(__doc__), ["machine", *PARTS, "gpu"]
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"what to time: {' '.join(names)} (default: all)")
+    add("parts", nargs="*", metavar="PART", help=f"what to time: {' '.join(names)}")
     add("--peer", metavar="PYTHON", help="a Python with torch, transformers, datasets and trl; without it, only ours")
-    add("--aligner", default="runs/story/aligner", metavar="FOLDER", help="default: what `make train` wrote")
+    add("--aligner", metavar="FOLDER", help="default: what `make train` wrote; of gpu, runs/gpu-aligner")
     add("--model", metavar="FOLDER", help="the Llama that train and dpo start from (default: 40M, from scratch)")
     add("--pairs", metavar="FILE", help="training data, as train.py reads it (default: the embedded world's)")
     add("--tokenizer", metavar="FILE", help="the tokenizer.json for --pairs (default: that of --model)")
     add("--answers", metavar="FILE", help="answers to edit, as align.py reads them (default: the embedded world's)")
     add("--steps", type=number(int, 1), default=4, metavar="N", help="training steps that are timed (default 4)")
     add("--count", type=number(int, 1), default=64, metavar="N", help="answers to edit (default 64)")
+    add("--out", metavar="FILE", help="where the table is kept as JSON too, line by line (gpu: runs/gpu.json)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(names):
@@ -480,9 +523,12 @@ def arguments(argv=None):
 
 
 def parts_wanted(parts, aligner):
-    """The names of PARTS that were asked for; of all, those that go without an aligner where there is none."""
-    wanted, edits = [name for name in PARTS if name in (parts or PARTS)], {"align", "copy"}
-    if not edits & set(wanted) or any((Path(aligner) / name).exists() for name in MODEL):
+    """The names of PARTS that were asked for; without any, those that go without an aligner where there is none."""
+    parts = [*parts, *ON_A_GPU] if "gpu" in parts else parts
+    order = [*ON_A_GPU, *(name for name in PARTS if name not in ON_A_GPU)] if "story" in parts else list(PARTS)
+    usual = [name for name in PARTS if name not in ("ppo", "story", "tests")]
+    wanted, edits = [name for name in order if name in (parts or usual)], {"align", "copy"}
+    if not edits & set(wanted) or holds_model(aligner) or "story" in wanted:
         return wanted
     if parts:
         raise UserError(f"{aligner}: no aligner there; run `make train` first, or give --aligner")
@@ -490,25 +536,46 @@ def parts_wanted(parts, aligner):
     return [name for name in wanted if name not in edits]
 
 
+def holds_model(folder):
+    return any((Path(folder) / name).exists() for name in MODEL)
+
+
 def main():
     args = arguments()
-    device, parts = device_named(args.device).type, parts_wanted(args.parts, args.aligner)
+    device, gpu = device_named(args.device).type, "gpu" in args.parts
+    if gpu and device != "cuda" and not args.device:
+        raise UserError("no GPU here that PyTorch can use, and that is what this measures; `make bench` measures a CPU")
+    aligner = args.aligner or ("runs/gpu-aligner" if gpu else "runs/story/aligner")
+    parts = parts_wanted(args.parts, aligner)
     uncut = args.pairs and not (args.tokenizer or args.model)
     if uncut or args.tokenizer and Path(args.tokenizer).name != "tokenizer.json":
         raise UserError("--pairs: give --model, or --tokenizer, the tokenizer.json that its texts are to be cut with")
-    rates = bench_machine(device)
+    if path := args.out or ("runs/gpu.json" if gpu else None):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        TABLE.update(path=path, about={**circumstances(), "device": name_of(device)})
+    with tempfile.TemporaryDirectory() as folder:
+        rates = bench_machine(Path(folder), device)
     training = dict(peer=args.peer, steps=args.steps, pairs=args.pairs, tokenizer=args.tokenizer, model=args.model)
     given = {
         "train": dict(rates=rates, **training),
         "dpo": training,
         "large": dict(rates=rates, steps=args.steps),
-        "align": dict(peer=args.peer, aligner=args.aligner, answers=args.answers, count=args.count),
-        "copy": dict(peer=args.peer, aligner=args.aligner),
-        "decode": dict(rates=rates),
+        "align": dict(peer=args.peer, aligner=aligner, answers=args.answers, count=args.count),
+        "copy": dict(peer=args.peer, aligner=aligner),
+        "decode": dict(rates=rates, peer=args.peer),
+        "ppo": dict(rates=rates),
+        "story": dict(aligner=aligner),
+        "tests": {},
     }
     for name in parts:
-        with tempfile.TemporaryDirectory() as folder:
+        with going_on(name), tempfile.TemporaryDirectory() as folder:
             PARTS[name](Path(folder), device, **given[name])
+    if failed := [line["what"] for line in TABLE["lines"] if line["failed"]]:
+        raise UserError(f"{len(failed)} of {len(TABLE['lines'])} lines failed: {'; '.join(failed)}")
+
+
+def name_of(device):
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def per_token(write):
+    """Seconds for a further token, of write(count), which gives the seconds of so many."""
+    write(16 + 96)
+    longer, shorter = zip(*[(write(16 + 96), write(16)) for _ in range(3)])
+    return (min(longer) - min(shorter)) / 96
+
+
 def timed_training(times, losses, batches, device, reference=0.0):
     """The figures of training steps on batches [[(ids, start of what is learned), ...], ...]; the first WARM of them
     warm up. reference: the seconds that the reference's log-probabilities took of the others."""
@@ -155,7 +162,21 @@ def align_transformers(folder, device, prompts, dtype, batch, passes, lookup=Non
     return timed_edits(edit, prompts, batch, passes, device)
 
 
-JOBS = {"train_trl": train_trl, "dpo_trl": dpo_trl, "align_transformers": align_transformers}
+def decode_transformers(folder, device, config, dtype, batch):
+    """What timed.decode does, by transformers on random weights of the same shape."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    with torch.device(device):
+        llama = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=getattr(torch, dtype)).eval()
+    ids = torch.full((batch, 128), 5, device=device)
+
+    def write(count):
+        return once(device, lambda: llama.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                                   min_new_tokens=count, max_new_tokens=count, pad_token_id=2))
+    return {"seconds": per_token(write)}
+
+
+JOBS = {"train_trl": train_trl, "dpo_trl": dpo_trl, "align_transformers": align_transformers,
+        "decode_transformers": decode_transformers}
 
 
 def run_job(jobs, kind, folder):

@@ -13,9 +13,34 @@ import checkpoint
 import data
 import generate
 import lora
+import ppo
+import toy
 import train
 from model import Config, Llama, computes_bf16
-from peers import NEW_TOKENS, WARM, once, run_job, timed_edits, timed_training
+from peers import NEW_TOKENS, WARM, once, peak, per_token, run_job, timed_edits, timed_training
+
+
+def machine(folder, device):
+    """bf16 FLOP/s of a matrix product, the best of three shapes; bytes/s of a copy, those read and those written."""
+    shapes = [(4096, 512, 1376), (4096, 2048, 2048)] + [(8192, 8192, 8192)] * (device == "cuda")
+    rates = []
+    for rows, inner, columns in shapes:
+        a = torch.randn(rows, inner, device=device).bfloat16()
+        b = torch.randn(columns, inner, device=device).bfloat16()
+        rates.append(2 * rows * inner * columns / seconds(device, torch.matmul, a, b.T))
+    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return {"flops": max(rates), "bytes": 2 * source.nbytes / seconds(device, target.copy_, source)}
+
+
+def seconds(device, function, *given):
+    """Seconds per call, over enough calls to last half a second, after two to warm up."""
+    for _ in range(2):
+        once(device, function, *given)
+    times = []
+    while len(times) < 3 or sum(times) < 0.5:
+        times.append(once(device, function, *given))
+    return sum(times) / len(times)
 
 
 def train_ours(folder, device, batches, method="sft", **options):
@@ -82,21 +107,50 @@ def align_ours(folder, device, prompts, dtype, batch, passes, draft):
     return {**timed_edits(edit, prompts, batch, passes, device), "copied": acceptance.share}
 
 
-def decode(folder, device, config, dtype):
-    """Seconds for each further token of one sequence, and the bytes of weights that it reads: all, but of the embedding
-    one row. What comes before the first 16 tokens is in both of the times that are subtracted."""
+def decode(folder, device, config, dtype, batch):
+    """Seconds for each further token of `batch` sequences, and the bytes that it reads: the weights, of the embedding a
+    row each, and the keys and values of the tokens before, 192 on average. What comes before the first 16 tokens is in
+    both of the times that are subtracted."""
     llama = fresh(config, getattr(torch, dtype), device)
-    read = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
+    weights = sum(p.nbytes for name, p in llama.named_parameters() if "embed" not in name)
+    shape = llama.config
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * getattr(torch, dtype).itemsize
     generate.prepack(llama)
 
     def write(count):
-        return once(device, generate.generate, llama, [[5] * 128], count)
-    write(16 + 96)
-    longer, shorter = zip(*[(write(16 + 96), write(16)) for _ in range(3)])
-    return {"seconds": (min(longer) - min(shorter)) / 96, "bytes": read}
+        return once(device, generate.generate, llama, [[5] * 128] * batch, count)
+    return {"seconds": per_token(write), "bytes": weights + batch * 192 * token}
 
 
-JOBS = {"train_ours": train_ours, "train_large": train_large, "align_ours": align_ours, "decode": decode}
+def ppo_ours(folder, device, config, options):
+    """Seconds of the three parts of an iteration as ppo.improve has them, the faster of two after one to warm up.
+    Prompts of 128 random tokens, rewards at random."""
+    policy, options = fresh(config, torch.float32, device), ppo.Options(**options)
+    reference, agent = ppo.frozen_copy(policy), ppo.Agent(policy)
+    optimizer, generator = train.make_optimizer(agent, options), torch.Generator().manual_seed(0)
+    prompts = [("", torch.randint(3, config["vocab_size"], (128,), generator=generator).tolist())
+               for _ in range(options.rollouts)]
+    tokenizer, turns = toy.train_tokenizer(["Hello there"]), []
+
+    def clocked(part, function, *given):
+        found = []
+        turns[-1][part] = once(device, lambda: found.append(function(*given)))
+        return found[0]
+    for iteration in range(3):
+        turns.append({})
+        rollouts = clocked("answering", ppo.sample_rollouts, policy, tokenizer, prompts, iteration, options)
+        evaluated = clocked("scoring", ppo.evaluate_rollouts, agent, reference, rollouts, options)
+        logprobs, ref_logprobs, values, mask = evaluated
+        rewards, cost = torch.randn(len(rollouts), generator=generator), options.kl_coef * (logprobs - ref_logprobs)
+        known = torch.stack((logprobs, values, *ppo.token_advantages(rewards, cost, values, mask, options)))
+        clocked("learning", ppo.learn, agent, optimizer, rollouts, known, mask, iteration, options)
+    return {"seconds": {part: min(turn[part] for turn in turns[1:]) for part in turns[0]}, "actions": int(mask.sum()),
+            "lengths": [len(rollout.document.ids) for rollout in rollouts], "epochs": options.update_epochs,
+            "peak": peak(device)}
+
+
+JOBS = {"machine": machine, "train_ours": train_ours, "train_large": train_large, "align_ours": align_ours, "decode": decode,
+        "ppo_ours": ppo_ours}
 
 
 def main():

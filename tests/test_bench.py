@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,7 @@ def test_flops_of_a_step_counted_by_hand():
                     num_key_value_heads=1)
     forward = 4 * (8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 8 * 10) + 8 * (9 + 1) + 2 * 11 * 8
     assert bench.flops(config, [3, 1], 2) == 2 * 3 * forward  # a multiplication and an addition; backward is twice
+    assert bench.flops(config, [3, 1], 2, frozen=True) == 2 * (2 * forward + 8 * (9 + 1)), "but not of frozen weights"
 
 
 def test_what_an_edit_keeps():
@@ -231,13 +233,37 @@ def test_what_precedes_the_first_tokens_is_not_in_the_time_of_one(tmp_path, monk
 
     def write_slowly(llama, prompts, count):
         nonlocal now
-        assert len(prompts) == 1
+        assert len(prompts) == 3
         now += 7 + count / 2
     monkeypatch.setattr(generate, "generate", write_slowly)
     monkeypatch.setattr(peers.time, "perf_counter", lambda: now)
-    found = here("decode", tmp_path, "cpu", config=SIZE, dtype="bfloat16")
-    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
-    assert found == {"seconds": 0.5, "bytes": 2 * (blocks + 32 + 60 * 32)}
+    found = here("decode", tmp_path, "cpu", config=SIZE, dtype="bfloat16", batch=3)
+    blocks, keys = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32), 2 * 2 * 32  # keys and values of a token, in two layers
+    assert found == {"seconds": 0.5, "bytes": 2 * (blocks + 32 + 60 * 32 + 3 * keys * (128 + (16 + 112) // 2))}
+
+
+def test_transformers_writes_as_many_tokens(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    lengths, once = [], peers.once
+    monkeypatch.setattr(peers, "once", lambda device, write: once(device, lambda: lengths.append(write().shape)))
+    found = here("decode_transformers", tmp_path, "cpu", config=SIZE, dtype="float32", batch=2)
+    assert lengths[:3] == [(2, 128 + 112), (2, 128 + 112), (2, 128 + 16)] and len(lengths) == 7 and found.keys() == {
+        "seconds"}
+
+
+def test_an_iteration_of_ppo_is_timed_in_parts(tmp_path, monkeypatch):
+    """With a clock that ticks when it is read. The policy moves, from the second iteration on away from its reference."""
+    moved, learn = [], timed.ppo.learn
+
+    def watched(agent, optimizer, rollouts, known, *more):
+        moved.append(float((known[0] - known[1]).abs().max()))
+        return learn(agent, optimizer, rollouts, known, *more)
+    monkeypatch.setattr(timed.ppo, "learn", watched)
+    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    options = dict(rollouts=4, minibatch=2, max_new_tokens=5, lr=0.01)
+    found = here("ppo_ours", tmp_path, "cpu", config=SIZE, options=options)
+    assert found["seconds"] == {"answering": 1, "scoring": 1, "learning": 1} and found["epochs"] == 4
+    assert found["actions"] == sum(found["lengths"]) - 4 * 128 and 4 < found["actions"] <= 20 and len(moved) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -251,16 +277,18 @@ def test_large_models_give_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *words, **job: jobs.append(job) or here(*words, **job))
     bench.bench_large(tmp_path, "cpu", RATES, steps=1)
     bench.bench_decode(tmp_path, "cpu", RATES)
+    bench.bench_ppo(tmp_path, "cpu", RATES)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:46].rstrip() for line in lines] == [
-        "large: full, 40M, 2,048 tokens, real tokens/s", "large: full, 40M, lean, GiB",
-        "large: LoRA of rank 16, 40M, GiB", "decode: 40M, one sequence, tokens/s"]
+        "large: full, 40M, real tokens/s", "large: LoRA of rank 16, 40M, real tokens/s", "large: full, 40M, lean, GiB",
+        "large: LoRA of rank 16, 40M, lean, GiB", "decode: 40M, one sequence, tokens/s",
+        "decode: 40M, 4 at a time, tokens/s", "ppo: 40M, seconds of an iteration"]
     assert all(float(line[46:60].replace(",", "")) > 0 for line in lines)
-    assert "% of the matrix product" in lines[0] and "% of the copy" in lines[3]
-    for job in jobs[:3]:
+    assert all("% of the matrix product" in lines[i] for i in (0, 1, 6)) and "% of the copy" in lines[4]
+    for job, tokens in zip(jobs, (4096, 2048, 2048, 2048)):
         for batch in packed(job, range(3)):
-            assert sum(batch.lengths) == len(batch.tokens) == 2048
-            assert len(batch.targets) == 2048 - len(batch.lengths)
+            assert sum(batch.lengths) == len(batch.tokens) == tokens
+            assert len(batch.targets) == tokens - len(batch.lengths)
 
 
 def packed(job, steps):
@@ -274,24 +302,26 @@ def test_on_a_gpu_the_shapes_are_large(tmp_path, monkeypatch, capsys):
     jobs = []
     monkeypatch.setattr(bench, "measure", lambda *_, **job: jobs.append(job) or dict(tokens=16384, seconds=1, peak=9.5))
     bench.bench_large(tmp_path, "cuda", {"flops": 4e14}, steps=1)
-    assert [job["config"]["num_hidden_layers"] for job in jobs] == [22, 22, 32]
+    assert [job["config"]["num_hidden_layers"] for job in jobs] == [22, 32, 22, 32]
     lengths = [[batch.lengths for batch in packed(job, [0])] for job in jobs]
-    assert lengths == [[[700] * 8 + [1348] * 8], [[700, 1348], [2048]], [[700, 1348], [2048]]]
-    assert not jobs[0]["options"].get("checkpoint_activations")
-    first, lean, rank = capsys.readouterr().out.splitlines()
+    assert lengths == [[[700] * 8 + [1348] * 8], [[700] * 4 + [1348] * 4], *[[[700, 1348], [2048]]] * 2]
+    assert [bool(job["options"].get("checkpoint_activations")) for job in jobs] == [False, False, True, True]
     # Weights but the embedding and norms, 8 rows of 2,048 tokens less two; half of the scores are not computed.
     multiplied = (1_100_048_384 - 32000 * 2048 - 45 * 2048) * 16384 - 32000 * 2048 * 16
     multiplied += 22 * 8 * 2 * 2048 * (700**2 + 1348**2) / 2
-    share = f"{100 * 6 * multiplied / 4e14:.0f}"
-    assert " ".join(first.split()) == ("large: full, 1.1B, 2,048 tokens, real tokens/s 16,384 "
-                                       f"{share} % of the matrix product; 9.5 GiB")
-    assert " ".join(lean.split()) == "large: full, 1.1B, lean, GiB 9.5 16,384 tokens/s"
-    assert " ".join(rank.split()) == "large: LoRA of rank 16, 7B, GiB 9.5 16,384 tokens/s"
+    # Of frozen weights no gradients: two thirds. Here 4 rows, told as if they had taken a second for 16,384 tokens.
+    frozen = (6_738_415_616 - 32000 * 4096 - 65 * 4096) * 8192 - 32000 * 4096 * 8
+    frozen = 2 / 3 * frozen + 32 * 4 * 2 * 4096 * (700**2 + 1348**2) / 2
+    full, rank = (f"{100 * 6 * work / 4e14:.0f} % of the matrix product; 9.5 GiB" for work in (multiplied, frozen))
+    assert words_of(capsys) == [f"large: full, 1.1B, real tokens/s 16,384 {full}",
+                                f"large: LoRA of rank 16, 7B, real tokens/s 16,384 {rank}",
+                                "large: full, 1.1B, lean, GiB 9.5 16,384 tokens/s",
+                                "large: LoRA of rank 16, 7B, lean, GiB 9.5 16,384 tokens/s"]
 
 
 @pytest.mark.slow
 def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, capsys):
-    """The middle one of the three asks for more than any machine has, in a process of its own; the others go on."""
+    """One of the four asks for more than any machine has, in a process of its own; the others go on."""
     measure = bench.measure
 
     def short_of_memory(*words, **job):
@@ -302,8 +332,8 @@ def test_a_job_without_memory_is_told_and_passed_over(tmp_path, monkeypatch, cap
     monkeypatch.setattr(bench, "measure", short_of_memory)
     bench.bench_large(tmp_path, "cpu", RATES, steps=1)
     lines = capsys.readouterr().out.splitlines()
-    assert ["failed: " in line for line in lines] == [False, True, False]
-    assert lines[1].startswith("large: full, 40M, lean, GiB  ") and "memory" in lines[1]
+    assert ["failed: " in line for line in lines] == [False, False, True, False]
+    assert lines[2].startswith("large: full, 40M, lean, GiB  ") and "memory" in lines[2]
 
 
 def words_of(capsys):
@@ -537,10 +567,74 @@ def test_copying_is_compared_on_edits_that_keep_70_percent(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_machine_is_measured(monkeypatch, capsys):
-    assert run(bench, monkeypatch, ["machine", "decode", "--device", "cpu"]) == 0
+def test_a_machine_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "TABLE", {"lines": []})
+    words = ["machine", "decode", "--device", "cpu", "--out", tmp_path / "new" / "table.json"]
+    assert run(bench, monkeypatch, words) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[0] for row in rows] == ["machine:", "machine:", "decode:"] and "failed:" not in rows[2]
+    assert [row[0] for row in rows] == ["machine:", "machine:", "decode:", "decode:"] and "failed:" not in sum(rows, [])
+    kept = json.loads((tmp_path / "new/table.json").read_text())
+    assert [line["what"].split()[0] for line in kept["lines"]] == [row[0] for row in rows]
+    assert kept["device"] == "cpu" and "torch" in kept["versions"] and all(line["ours"] > 0 for line in kept["lines"])
+
+
+def test_all_that_is_asked_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """In its order. One part finds no memory: it is told, kept, and the others go on; the end is no success."""
+    done, out = [], tmp_path / "table.json"
+
+    def measured(kind, folder, device, peer=None, **job):
+        done.append(kind)
+        if kind == "ppo_ours":
+            raise bench.UserError("out of memory")
+        return dict(RATES, tokens=9, seconds=1, peak=1.0, bytes=1)
+    monkeypatch.setattr(bench, "TABLE", {"lines": []})
+    monkeypatch.setattr(bench, "measure", measured)
+    for name in ("story", "copy", "tests"):
+        monkeypatch.setitem(bench.PARTS, name, lambda folder, device, name=name, **given: done.append((name, *given)))
+    assert run(bench, monkeypatch, ["gpu", "--device", "cpu", "--out", out, "--aligner", tmp_path / "none"]) == 2
+    assert done == ["machine", ("tests",), *["train_large"] * 4, "decode", "decode", "ppo_ours", ("story", "aligner"),
+                    ("copy", "peer", "aligner")]
+    said = capsys.readouterr()
+    assert "ppo failed: out of memory" in " ".join(said.out.split()) and "error: 1 of 9 lines failed: ppo" in said.err
+    lines = json.loads(out.read_text())["lines"]
+    assert [line["what"] for line in lines if line["failed"]] == ["ppo"] and len(lines) == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_where_no_gpu_is_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(bench, monkeypatch, capsys, ["gpu"], "no GPU here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_storys_aligner_stays_where_none_was(tmp_path, monkeypatch, capsys, aligner):
+    commands, there = [], tmp_path / "there"
+
+    def run_here(command, **_):
+        commands.append(command[2:])
+        if len(commands) < 3:
+            checkpoint.save(Llama(Config(**SIZE), len(commands)), Path(command[3]) / "aligner")
+        return SimpleNamespace(returncode=int(len(commands) == 3), stderr="words\nerror: no room\n", stdout="")
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
+    for _ in range(2):
+        bench.bench_story(tmp_path, "cpu", there)
+    assert commands == [["--out", tmp_path / "story", "--device", "cpu"]] * 2
+    assert all(map(torch.equal, checkpoint.load(there).parameters(), Llama(Config(**SIZE), 1).parameters()))
+    assert all(line.startswith("story: seconds of make train ") for line in words_of(capsys))
+    with pytest.raises(bench.UserError, match="story.py: no room"):
+        bench.bench_story(tmp_path, "cpu", there)
+
+
+def test_tests_that_fail_are_a_part_that_fails(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    file = tmp_path / "tests/test_it.py"
+    file.write_text("import pytest\n@pytest.mark.cuda\ndef test_it(): pass\ndef test_more(): assert False\n")
+    bench.bench_tests(tmp_path, "cuda")
+    assert words_of(capsys)[0].startswith("tests: passed 1 1 passed, 1 deselected")
+    file.write_text("import pytest\n@pytest.mark.cuda\ndef test_it(): assert False\n")
+    with pytest.raises(bench.UserError, match="1 failed"):
+        bench.bench_tests(tmp_path, "cuda")
 
 
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys):
@@ -555,7 +649,8 @@ def test_without_an_aligner_all_is_the_rest(tmp_path, aligner, capsys):
     assert bench.parts_wanted([], tmp_path) == ["train", "dpo", "large", "decode"]
     assert "make train" in capsys.readouterr().err
     assert bench.parts_wanted(["machine", "decode", "train"], tmp_path) == ["train", "decode"]
-    assert bench.parts_wanted([], aligner) == list(bench.PARTS)
+    assert bench.parts_wanted([], aligner) == ["train", "dpo", "large", "align", "copy", "decode"]
+    assert bench.parts_wanted(["copy", "gpu"], tmp_path) == ["tests", "large", "decode", "ppo", "story", "copy"]
 
 
 def test_a_peer_that_fails_is_told_and_passed_over(tmp_path, capsys):
