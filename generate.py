@@ -140,11 +140,11 @@ class Cache:
         device, tokens = self.block.device, ((offset >= start) & (offset < end)).nonzero()[:, 0]
         rows, number = row[tokens].unique(return_inverse=True)
         places = number * (end - start) + offset[tokens] - start
-        seen = before[rows, None] + torch.arange(start, end)                         # (R, C): the last one it sees
-        hidden = torch.arange(self.room) > seen[:, None, :, None]
-        hide = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill(hidden, float("-inf"))
+        seen = (before[rows, None] + torch.arange(start, end)).to(device)            # (R, C): the last one it sees
+        hidden = torch.arange(self.room, device=device) > seen[:, None, :, None]
+        hide = torch.zeros(hidden.shape, dtype=self.block.dtype, device=device).masked_fill(hidden, float("-inf"))
         which = slice(len(rows)) if len(rows) == len(before) else rows.to(device)    # a slice copies no keys
-        return which, tokens.to(device), places.to(device), (len(rows), end - start), hide.to(device)
+        return which, tokens.to(device), places.to(device), (len(rows), end - start), hide
 
     def __call__(self, layer, q, k, v):
         self.block[layer][:, self.rows, :, self.positions[0]] = torch.stack((k[0], v[0]), 1).to(self.block.dtype)

@@ -341,9 +341,10 @@ def as_one(x, places, rows):
 
 
 KEEP = 2**25  # logits, in number: up to so many are kept for the backward pass (about 300 MB), more are recomputed
+CHUNK = 2**27  # logits at a time on a GPU (0.5 GB): each chunk casts the head, and adds to a gradient of its size
 
 
-def token_logprobs(llama, tokens, lengths, targets, chunk=512):
+def token_logprobs(llama, tokens, lengths, targets, chunk=None):
     """Log-probability of the chosen tokens, each given the tokens of its document before it: (K,) in fp32.
 
     tokens (N,): documents packed one after another, of `lengths`; targets (K,): the places of the tokens to score,
@@ -352,9 +353,11 @@ def token_logprobs(llama, tokens, lengths, targets, chunk=512):
     return chosen_logprobs(llama, hidden, tokens, targets, chunk)
 
 
-def chosen_logprobs(llama, hidden, tokens, targets, chunk=512):
+def chosen_logprobs(llama, hidden, tokens, targets, chunk=None):
     """token_logprobs, where the final hidden states (N, D) are known. Logits exist for the chosen tokens only, `chunk`
-    rows at a time; where they are more than KEEP, they are computed again in the backward pass rather than kept."""
+    rows at a time (by default 512 on a CPU, elsewhere as many as give CHUNK logits); where they are more than KEEP,
+    they are computed again in the backward pass rather than kept."""
+    chunk = chunk or (512 if hidden.device.type == "cpu" else -(-CHUNK // llama.config.vocab_size))
     hidden, wanted = hidden.index_select(0, targets - 1), tokens[targets]            # the token before predicts
 
     def logprobs(rows, ids):
