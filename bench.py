@@ -368,13 +368,17 @@ def print_losses(what, ours, theirs):
         print_line(f"{what}, loss of step {step}", *both, note, decimals=5)
 
 
-def bench_large(folder, device, rates, steps):
-    """Speed with 8 rows of 2,048 packed tokens at a time, of LoRA with 4. Memory with one, and with two of them in a
-    step: the second comes when gradients are there already, as most do in training."""
+def bench_large(folder, device, rates, steps, peer=None):
+    """Speed with 8 rows of 2,048 packed tokens at a time, of LoRA with 4; TRL packs examples into such rows too. Memory
+    with one, and with two of them in a step: the second comes when gradients are there already, as most do in training.
+    """
+    words = toy.train_tokenizer(["Hello there"])
+    words.save(str(folder / "tokenizer.json"))  # TRL wants one, and is given token ids
     row, rows = [700, 1348], 8 if device == "cuda" else 2
     lean = dict(micro_tokens=2048, checkpoint_activations=True)
     for what, name, lengths, options in (
             ("full, {}", "1.1B", row * rows, dict(micro_tokens=2048 * rows)),
+            ("full, {}, of many lengths", "1.1B", list(range(10, 1034, 272 // rows)), dict(micro_tokens=2048 * rows)),
             ("LoRA of rank 16, {}", "7B", row * (rows // 2), dict(micro_tokens=1024 * rows, lora_rank=16)),
             ("full, {}, lean", "1.1B", [*row, 2048], dict(lean, bf16_moments=True)),
             ("LoRA of rank 16, {}, lean", "7B", [*row, 2048], dict(lean, lora_rank=16))):
@@ -385,9 +389,12 @@ def bench_large(folder, device, rates, steps):
             ours = measure("train_large", folder, device, batches=batches, config=size, options=options)
             if "lean" in what:
                 print_line(what, ours["peak"], note=f"{speed(ours):,.0f} tokens/s", decimals=1)
-            else:
-                print_line(what, speed(ours),
-                           note=utilisation(Config(**size), batches, ours, rates, bool(options.get("lora_rank"))))
+                continue
+            rank = options.get("lora_rank", 0)
+            job = dict(config=size, rank=rank, packing=True, together=options["micro_tokens"] // 2048, longest=2048)
+            theirs = measure("train_trl", folder, device, peer, batches=batches, eos="</s>", **job) if peer else None
+            print_line(what, speed(ours), speed(theirs) if theirs else None,
+                       utilisation(Config(**size), batches, ours, rates, bool(rank)))
 
 
 def bench_align(folder, device, peer, aligner, answers, count):
@@ -484,8 +491,8 @@ def bench_story(folder, device, aligner):
 
 def bench_tests(folder, device):
     """Tests that need a GPU, and so are skipped on any other device."""
-    ended = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"], capture_output=True, text=True,
-                           cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = (ended.stdout.strip().splitlines() or [last_words(ended)])[-1]
     if ended.returncode:
         print(ended.stdout[-10000:], file=sys.stderr)
@@ -559,7 +566,7 @@ def main():
     given = {
         "train": dict(rates=rates, **training),
         "dpo": training,
-        "large": dict(rates=rates, steps=args.steps),
+        "large": dict(rates=rates, steps=args.steps, peer=args.peer),
         "align": dict(peer=args.peer, aligner=aligner, answers=args.answers, count=args.count),
         "copy": dict(peer=args.peer, aligner=aligner),
         "decode": dict(rates=rates, peer=args.peer),

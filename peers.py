@@ -75,16 +75,18 @@ def timed_edits(edit, prompts, batch, passes, device):
 # Measurements
 
 
-def train_trl(folder, device, batches, eos, packing, together):
-    """TRL's fine-tuning. together: the examples that are padded to one length, or the rows of MAX_TOKENS tokens that
-    examples are packed into; of single examples, a step accumulates the gradients of as many as a batch has."""
+def train_trl(folder, device, batches, eos, packing, together, longest=MAX_TOKENS, config=None, rank=0):
+    """TRL's fine-tuning. together: the examples that are padded to one length, or the rows of `longest` tokens that
+    examples are packed into; of single examples, a step accumulates the gradients of as many as a batch has. config:
+    random weights of this shape, in place of the folder's; rank: of LoRA by peft, on frozen weights in bf16."""
     from trl import SFTConfig, SFTTrainer
     rows = [{"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
             for batch in batches for ids, start in batch]
     size = together if packing else len(batches[0])
     times, losses, tokens = trained(SFTTrainer, SFTConfig, folder, device, rows, eos, max_steps=len(batches), bf16=True,
-                                    packing=packing, per_device_train_batch_size=together,
-                                    gradient_accumulation_steps=size // together, learning_rate=1e-5)
+                                    packing=packing, per_device_train_batch_size=together, max_length=longest,
+                                    gradient_accumulation_steps=size // together, learning_rate=1e-5,
+                                    start=(config, rank))
     return {**timed_training(times, losses, batches, device), "tokens": tokens[-1] - tokens[WARM - 1]}
 
 
@@ -114,8 +116,9 @@ def dpo_trl(folder, device, batches, eos, beta, lr, bf16, precompute, together):
     return timed_training(times, losses, batches, device, sum(reference[WARM * len(reference) // len(batches):]))
 
 
-def trained(Trainer, Config, folder, device, rows, eos, **options):
-    """(seconds, losses, tokens so far) of each step of one of TRL's trainers, which takes the rows in their order."""
+def trained(Trainer, Config, folder, device, rows, eos, start=(None, 0), **options):
+    """(seconds, losses, tokens so far) of each step of one of TRL's trainers, which takes the rows in their order.
+    start: (the shape of random weights, None: the folder's; LoRA's rank, 0: none)."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     times, losses, tokens = [], [], []
@@ -132,12 +135,20 @@ def trained(Trainer, Config, folder, device, rows, eos, **options):
             losses.extend([logs["loss"]] if "loss" in logs else [])
             tokens.extend([logs["num_tokens"]] if "num_tokens" in logs else [])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token=eos, pad_token=eos)
-    config = Config(output_dir=f"{folder}/trl", max_length=MAX_TOKENS, use_cpu=device == "cpu", logging_steps=1,
+    config = Config(output_dir=f"{folder}/trl", use_cpu=device == "cpu", logging_steps=1,
                     gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-                    train_sampling_strategy="sequential", **options)
-    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                    train_sampling_strategy="sequential", **{"max_length": MAX_TOKENS, **options})
+    (shape, rank), more = start, {}
+    if rank:
+        from peft import LoraConfig
+        more["peft_config"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                         task_type="CAUSAL_LM")
+    if shape:
+        llama = random_llama(shape, torch.bfloat16 if rank else torch.float32, device)
+    else:
+        llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     Trainer(llama, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[Clock()]).train()
+            callbacks=[Clock()], **more).train()
     return times, losses, tokens
 
 
@@ -162,11 +173,15 @@ def align_transformers(folder, device, prompts, dtype, batch, passes, lookup=Non
     return timed_edits(edit, prompts, batch, passes, device)
 
 
-def decode_transformers(folder, device, config, dtype, batch):
-    """What timed.decode does, by transformers on random weights of the same shape."""
+def random_llama(shape, dtype, device):
     from transformers import AutoModelForCausalLM, LlamaConfig
     with torch.device(device):
-        llama = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
+
+
+def decode_transformers(folder, device, config, dtype, batch):
+    """What timed.decode does, by transformers on random weights of the same shape."""
+    llama = random_llama(config, getattr(torch, dtype), device).eval()
     ids = torch.full((batch, 128), 5, device=device)
 
     def write(count):

@@ -15,7 +15,8 @@ with --resume after a kill, and --overwrite begins again.
 # reads from top to bottom; the functions below it are what it computes with, in the order of their use. How much better
 # than expected an action was is told by a value head (`gae`), or by other responses to the prompt (`group_advantages`).
 #
-# What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one.
+# What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one
+# (on a GPU, as train.py says, but for the last bits).
 #
 # Shapes: N responses of an iteration, T actions (tokens) of the longest of them, K principles.
 import copy

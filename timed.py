@@ -149,8 +149,8 @@ def ppo_ours(folder, device, config, options):
             "peak": peak(device)}
 
 
-JOBS = {"machine": machine, "train_ours": train_ours, "train_large": train_large, "align_ours": align_ours, "decode": decode,
-        "ppo_ours": ppo_ours}
+JOBS = {"machine": machine, "train_ours": train_ours, "train_large": train_large, "align_ours": align_ours,
+        "decode": decode, "ppo_ours": ppo_ours}
 
 
 def main():

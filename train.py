@@ -16,7 +16,8 @@ and what came of it; after a kill, --resume goes on. A folder with another run i
 # A method is one data function and one loss function: methods.py lists them. The rest, from bf16 and accumulation to
 # resuming, is `train`, read from top to bottom. A step is `batch` examples, cut into micro-batches of at most
 # `micro_tokens` tokens, packed without padding. Which examples a step holds depends on the seed and the step's number
-# alone: that is why a resumed run repeats a killed one.
+# alone: that is why a resumed run repeats a killed one. (On a GPU but for the last bits, from which runs drift apart:
+# the backward pass of attention adds up in any order there.)
 import math
 import time
 import zlib

@@ -1,9 +1,9 @@
-"""A pretend GPU, so that a machine without one can run the tests marked `cuda`: python -m pytest -p pretend -m cuda
+"""A pretended GPU, so that a machine without one can run the tests marked `cuda`: python -m pytest -p pretend -m cuda
 
 Its tensors say that they are on a device of their own; their numbers lie in CPU tensors, and are computed there. What a
-GPU refuses is refused: to mix its tensors with a CPU's, to be read without a copy. torch.cuda.set_sync_debug_mode tells
-where the host waits. It says nothing about speed, memory or kernels. In this process, in the project's files and its
-tests, "cuda" means this device: their text is changed as they are imported.
+GPU refuses is refused: to mix its tensors with a CPU's, to be read without a copy. It says nothing about speed, memory
+or kernels. In this process, in the project's files and its tests, "cuda" means this device: their text is changed as
+they are imported.
 """
 import importlib.abc
 import importlib.machinery
@@ -20,7 +20,6 @@ aten = torch.ops.aten
 
 class Module(_DummyBackendModule):
     """What torch.cuda is to a GPU."""
-    mode = "default"
 
     def is_available(self):
         return True
@@ -30,9 +29,6 @@ class Module(_DummyBackendModule):
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16, torch.float16]
-
-    def set_sync_debug_mode(self, mode):
-        type(self).mode = mode
 
     def synchronize(self, device=None):
         pass
@@ -51,8 +47,8 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw):
-        return torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), dtype=raw.dtype, device=DEVICE,
-                                                   storage_offset=raw.storage_offset())
+        return torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), dtype=raw.dtype,
+                                                   device=DEVICE, storage_offset=raw.storage_offset())
 
     def __init__(self, raw):
         self.raw = raw
@@ -67,17 +63,10 @@ class Pretended(torch.Tensor):
         return compute(operation, given, named or {})
 
 
-def waits(what):
-    if Module.mode == "error":
-        raise RuntimeError(f"called a synchronizing operation: {what}")
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Operations
 
 COPIES = aten._to_copy.default, aten.copy_.default
-READS = aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default, \
-    aten.repeat_interleave.Tensor, aten.bincount.default, aten._unique2.default
 INDEXED = aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default
 
 
@@ -99,17 +88,15 @@ def compute(operation, given, named):
     ours = [x for x in tensors if isinstance(x, Pretended)]
     to = torch.device(named["device"]) if named.get("device") is not None else None
     check(operation, given, named, tensors, bool(ours) if to is None else to.type == "gpu")
-    if operation is aten.copy_.default and len(ours) == 1 or operation is aten._to_copy.default and to is not None:
-        if not (named.get("non_blocking") or given[2:] == (True,)) and (to is None or to.type != tensors[0].device.type):
-            waits(operation)
     plain, plain_named = mapped(Pretended, lambda x: x.raw, (given, named))
     if to is not None:
         plain_named["device"] = "cpu"
     plain_named.pop("pin_memory", None)
     found = operation(*plain, **plain_named)
-    stays = to is not None and to.type == "cpu" or operation is aten.copy_.default and not isinstance(given[0], Pretended)
-    if stays or operation is aten._local_scalar_dense.default:
-        return given[0] if operation is aten.copy_.default else found
+    if operation is aten.copy_.default:
+        return given[0]
+    if operation is aten._local_scalar_dense.default or to is not None and to.type == "cpu":
+        return found
     known = {id(x.raw): x for x in ours}                       # what is computed in place is the tensor that it was
     return mapped(torch.Tensor, lambda x: known[id(x)] if id(x) in known else wrapped(x, ours), found)
 
@@ -131,11 +118,6 @@ def check(operation, given, named, tensors, here):
     generator = named.get("generator")
     if generator is not None and (generator._cdata in Generator.ours) != here:
         raise RuntimeError(f"{operation}: the generator is on another device")
-    if operation in READS:
-        waits(operation)
-    if operation in INDEXED and any(x is not None and (x.dtype == torch.bool or not isinstance(x, Pretended))
-                                    for x in given[1]):
-        waits(f"{operation}, by a mask or by what lies on a CPU")
 
 
 def made(operation):
@@ -156,10 +138,13 @@ library.impl("empty_strided", made(aten.empty_strided.default), "PrivateUse1")
 fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+
 def autocast(operation, low):
     def run(*given, **named):
         dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             def rounded(x):
                 return x.to(dtype) if x.is_floating_point() and x.device.type == "gpu" else x
             given, named = mapped(torch.Tensor, rounded, (given, named))
@@ -171,8 +156,8 @@ for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "sca
     cast.impl(name, autocast(getattr(aten, name).default, True), "AutocastPrivateUse1")
 for name, overload in (("softmax", "int"), ("log_softmax", "int"), ("nll_loss", "default"), ("exp", "default"),
                        ("log", "default"), ("rsqrt", "default"), ("cumsum", "default"), ("sum", "dim_IntList")):
-    operation = getattr(getattr(aten, name), overload)
-    cast.impl(name if overload == "default" else f"{name}.{overload}", autocast(operation, False), "AutocastPrivateUse1")
+    full = name if overload == "default" else f"{name}.{overload}"
+    cast.impl(full, autocast(getattr(getattr(aten, name), overload), False), "AutocastPrivateUse1")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import align
+import bench
 import checkpoint
 import combine
-import common
 import generate
 import lora
 import model
@@ -42,7 +43,8 @@ def tiny(seed=0, **changes):
 def world(tmp_path_factory):
     """A folder with models "a" and "b", texts.jsonl to fine-tune on, rated.jsonl, labels.jsonl on two principles."""
     folder, rated = tmp_path_factory.mktemp("world"), list(toy.rated(16, 3))
-    tokenizer = toy.train_tokenizer([row["prompt"] + answer["text"] for row in rated for answer in row["responses"]], 400)
+    words = [row["prompt"] + answer["text"] for row in rated for answer in row["responses"]]
+    tokenizer = toy.train_tokenizer(words, 400)
     for name in "ab":
         checkpoint.save(tiny(ord(name), vocab_size=tokenizer.get_vocab_size()), folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"))
@@ -50,7 +52,8 @@ def world(tmp_path_factory):
              for row in rated]
     write(folder / "texts.jsonl", *({"prompt": prompt, "completion": answers[0]} for prompt, answers in texts))
     write(folder / "rated.jsonl", *rated)
-    write(folder / "pairs.jsonl", *({"prompt": prompt, "chosen": one, "rejected": two} for prompt, (one, two, *_) in texts))
+    write(folder / "pairs.jsonl", *({"prompt": prompt, "chosen": one, "rejected": two}
+                                    for prompt, (one, two, *_) in texts))
     write(folder / "labels.jsonl", *({"prompt": prompt, "response_a": one, "response_b": two, "principle": name,
                                       "p_a": p_a} for prompt, (one, two, *_) in texts
                                      for name, p_a in (("short", float(len(one) < len(two))), ("odd", 0.7))))
@@ -62,8 +65,8 @@ def losses(out):
 
 
 def trained(monkeypatch, world, out, method, data, device, *more):
-    words = [method, "--model", world / "a", "--data", world / data, "--out", out, "--device", device, *STEPS, "--samples", 0,
-             *more]
+    words = [method, "--model", world / "a", "--data", world / data, "--out", out, "--device", device, *STEPS,
+             "--samples", 0, *more]
     assert run(train, monkeypatch, words) == 0
     return losses(out)
 
@@ -111,8 +114,9 @@ def test_preference_models_are_trained_and_asked(world, tmp_path, monkeypatch):
     assert run(reward, monkeypatch, words) == 0
     llama = train.start_from(world / "a", "reward", model.device_named("cuda"), train.Options(lora_rank=4))
     assert train.trained(llama)["score.weight"].dtype == torch.float32
-    models, texts = [tmp_path / "pms" / name for name in ("short", "odd")], (["How?", "Why?"], ["So.", "Do it so, now."])
-    here, there = (reward.Scorers(models, device).score(*texts) for device in ("cpu", "cuda"))
+    models = [tmp_path / "pms" / name for name in ("short", "odd")]
+    here, there = (reward.Scorers(models, device).score(["How?", "Why?"], ["So.", "Do it so, now."])
+                   for device in ("cpu", "cuda"))
     assert here.shape == (2, 2) and (here - there).abs().max() < 0.05 * here.abs().max()
 
 
@@ -157,6 +161,49 @@ def test_models_answer_together(world, tmp_path, monkeypatch):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("kind, job", [
+    ("train_large", dict(options={})), ("train_large", dict(options=dict(lora_rank=2, checkpoint_activations=True))),
+    ("decode", dict(dtype="bfloat16", batch=3)),
+    ("ppo_ours", dict(options=dict(rollouts=4, minibatch=2, max_new_tokens=3, update_epochs=1)))], ids=str)
+def test_what_is_to_be_timed_runs(tmp_path, monkeypatch, kind, job):
+    """bench.py's jobs, of tiny models; in decode's, 3 tokens at most are written."""
+    write = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda llama, prompts, count: write(llama, prompts, min(count, 3)))
+    size = {name: SIZES[name] for name in SIZES if "position" not in name and "id" != name[-2:]}
+    given = dict(batches=bench.random_batches(60, [7, 9], 3)) if kind == "train_large" else {}
+    found = bench.JOBS[kind](tmp_path, "cuda", config={**size, "vocab_size": 60}, **given, **job)
+    assert found.get("peak", 1) > 0 and found["seconds"]
+
+
+def test_little_is_sent_to_a_gpu_for_a_token():
+    """What hides later tokens from earlier ones is made there: a pass sends a few numbers for each new token."""
+    llama, sizes = tiny().to("cuda"), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given=(), named=None):
+            if operation is torch.ops.aten._to_copy.default and (named or {}).get("device"):
+                sizes.append(given[0].numel())
+            return operation(*given, **(named or {}))
+    cache = generate.Cache(llama.config, 3, torch.float32, llama.device)
+    with torch.no_grad():
+        generate.prefill(llama, cache, [[5] * 200] * 3, 0)
+        with Copies():
+            generate.advance(llama, cache, [[7] * 8] * 3)
+    assert 0 < sum(sizes) <= 6 * 3 * 8, sizes
+
+
+def test_logits_are_made_in_large_chunks(monkeypatch):
+    """As many rows at a time as give CHUNK logits, and the numbers of a CPU."""
+    llama, tokens, sizes = tiny(), torch.arange(3, 43), []
+    places = torch.arange(1, 40)
+    expected = model.token_logprobs(llama, tokens, [40], places).detach()
+    llama.to("cuda").lm_head.register_forward_hook(lambda layer, given, made: sizes.append(len(given[0])))
+    monkeypatch.setattr(model, "CHUNK", 400 * 16)
+    with torch.no_grad():
+        found = model.token_logprobs(llama, tokens.to("cuda"), [40], places.to("cuda"))
+    assert sizes == [16, 16, 7] and torch.allclose(found.cpu(), expected, atol=1e-4)
+
+
 def test_what_lies_on_two_devices_is_no_sum():
     """Of the device itself: what all of the above rests on."""
     here, there = torch.ones(3), torch.ones(3, device="cuda")
@@ -168,4 +215,4 @@ def test_what_lies_on_two_devices_is_no_sum():
         there.numpy()
     with pytest.raises(RuntimeError, match="device"):
         torch.randn(3, device="cuda", generator=torch.Generator())
-    assert common and (here + there.cpu()).tolist() == [2, 2, 2]
+    assert (here + there.cpu()).tolist() == [2, 2, 2]

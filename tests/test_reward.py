@@ -379,7 +379,7 @@ def test_training_again_finds_it_finished_and_score_reads_what_train_wrote(label
     assert "finished already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (labelled / "pms").rglob("*.*")} == before
     models = [labelled / "pms" / name for name in ("detail", "overall")]
-    assert run(monkeypatch, [*scoring(labelled, *models), "--out", labelled / "scored.jsonl"]) == 0
+    assert run(monkeypatch, [*scoring(labelled, *models), "--out", labelled / "scored.jsonl", "--device", "cpu"]) == 0
     rows = read(labelled / "scored.jsonl")
     scorers = reward.Scorers(models, "cpu")
     expected = scorers.score([rows[5]["prompt"]] * 2, [rows[5]["response_a"], rows[5]["response_b"]])
