@@ -110,7 +110,7 @@ class Served:
     def write(self, prompts, new_tokens, rows, seeds=0, temperature=0.0, top_p=1.0, **_):
         """Yield (place, text) of prompts, in their order; the text is None where the server says "too long"."""
         def ask(place):
-            sampling = {"top_p": top_p, "seed": seeds[place]} if temperature else {}
+            sampling = {"top_p": top_p, "seed": seeds[place] % 2**31} if temperature else {}
             try:
                 return place, self.endpoint.go_on(prompts[place], new_tokens, temperature, **sampling).strip()
             except TooLong:
@@ -244,6 +244,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.data and not args.interactive:
         parser.error("give --data FILE..., or --interactive")
+    args.asked_by = args.chat_template or ("plain" if is_url(args.model) else "auto")  # the aligner
+    args.chat_template = args.chat_template or "auto"                                  # the policy
     if is_url(args.model):
         if not args.model_name:
             parser.error("--model URL needs --model-name")
@@ -298,23 +300,24 @@ def main():
 
 def aligner_of(args):
     if is_url(args.model):
-        return Served(args.model, args.model_name, args.chat_template or "plain")
-    return Writer(args.model, args.device, args.chat_template or "auto")
+        return Served(args.model, args.model_name, args.asked_by)
+    return Writer(args.model, args.device, args.asked_by)
 
 
 def edit_files(args, options, sampling, template, objectives):
     """Edit the answers of --data into --out, after the policy has given those that are missing."""
     files = [text for text in args.objectives or () if text.endswith(".json")]
     check_out(args.out, [*args.data, *files, args.queries, args.template])
-    how, items = args.chat_template or "auto", Items(args.data, objectives, args.queries, args.limit, args.shard)
+    items = Items(args.data, objectives, args.queries, args.limit, args.shard)
     check(items, args.out, args.policy)
     content, aligner = items.digest, aligner_of(args)
-    policy = fingerprint(args.policy, how) if items.unanswered else args.policy
-    journal = Journal(args.out, digest(fingerprint(args.model, how), args.model_name, args.chat_template, policy,
-                                       args.policy_model, lasting(options), vars(sampling), content, template))
+    answered_by = fingerprint(args.policy, args.chat_template) if items.unanswered else args.policy
+    journal = Journal(args.out, digest(fingerprint(args.model, args.asked_by), args.model_name, args.asked_by,
+                                       answered_by, args.policy_model, lasting(options), vars(sampling), content,
+                                       template))
     with ExitStack() as stack:
         policy = functools.cache(lambda: stack.enter_context(  # called only where an answer is missing still
-            opened(args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device, how)))
+            opened(args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device, args.chat_template)))
         done, faults = sum("aligned" in row for row in journal.rows.values()), Counter()
         bar = stack.enter_context(tqdm(total=items.count, initial=done, desc="aligning", unit=" answers"))
         for window in windows(items):
