@@ -6,17 +6,22 @@
 
 y' = aligner(prompt(q, y, objectives)) (MetaAligner, section 3.3): the policy that wrote y is never looked into, and
 the objectives need not be ones that the aligner was trained on. A killed run goes on when it is started again.
+
+Many answers: --model may be a server's URL, with --model-name NAME, which is asked --batch questions at a time; or each
+of N processes takes the rows I, I + N, ... of the input, with an output of its own:
+
+    python align.py --model ALIGNER --data answers.csv --shard I/N --out part-I.jsonl
+    cat part-*.jsonl                                      # all rows; in the input's order, where none was left out:
+    paste -d "\\n" part-0.jsonl part-1.jsonl ... | grep .
 """
-import csv
-import itertools
+import functools
 import sys
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, note, number, option,
-                    read_options, refuse_given, seed_from, write_jsonl, write_whole)
+from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option, read_options,
+                    refuse_given, seed_from)
 
 import torch
 from tqdm import tqdm
@@ -24,11 +29,11 @@ from tqdm import tqdm
 import chat
 import checkpoint
 import data
-import formats
+from answers import DEFAULT, Items, asked_for, check, finished, shard, windows, write_rows
 from endpoint import Endpoint, TooLong, in_parallel
 from generate import Acceptance, prepack, stream
 from model import computes_bf16, device_named
-from objectives import OBJECTIVES, find_objectives, row_objectives
+from objectives import row_objectives
 from report import ansi_diff
 from resume import Journal
 
@@ -38,7 +43,7 @@ class Options:
     """How to edit."""
     rounds: int = option(1, "edit the edit again, so many times in all", 1, 10**6)
     max_new_tokens: int = option(1024, "longest edit", 1, 10**9)
-    batch: int = option(32, "answers edited at a time", 1, 10**9, free=True)
+    batch: int = option(32, "answers edited, or questions to a server, at a time", 1, 10**9, free=True)
     seed: int = option(0, "of the sampling", 0, 2**60)
 
 
@@ -68,6 +73,10 @@ class Writer:
         self.tokenizer = chat.with_template(tokenizer, folder, self.llama.config, chat_template)
         self.acceptance = Acceptance()
 
+    def room(self, new_tokens):
+        """Of so many new tokens, those that leave the prompt half of the context."""
+        return min(new_tokens, self.llama.config.max_position_embeddings // 2)
+
     def encode(self, prompt, new_tokens, context=None):
         """Prompt ids that leave room for new_tokens in the model's context, or None if they cannot."""
         config = self.llama.config
@@ -84,6 +93,31 @@ class Writer:
             yield order[place], self.tokenizer.decode(new).strip()
 
 
+class Served:
+    """As a Writer, a model behind a server, which makes the ids and decodes them. chat_template: "plain", a prompt as
+    it is; "auto", as the one message of a chat."""
+
+    def __init__(self, url, model, chat_template="plain"):
+        self.endpoint = Endpoint(url, model, timeout=600, plain=chat_template == "plain")
+        self.acceptance = Acceptance()  # nothing is known of it
+
+    def room(self, new_tokens):
+        return new_tokens
+
+    def encode(self, prompt, new_tokens, context=None):
+        return prompt.encode("utf-8", "replace").decode()
+
+    def write(self, prompts, new_tokens, rows, seeds=0, temperature=0.0, top_p=1.0, **_):
+        """Yield (place, text) of prompts, in their order; the text is None where the server says "too long"."""
+        def ask(place):
+            sampling = {"top_p": top_p, "seed": seeds[place] % 2**31} if temperature else {}
+            try:
+                return place, self.endpoint.go_on(prompts[place], new_tokens, temperature, **sampling).strip()
+            except TooLong:
+                return place, None
+        yield from in_parallel(ask, range(len(prompts)), rows)
+
+
 def is_url(policy):
     return policy.startswith(("http://", "https://"))
 
@@ -93,26 +127,42 @@ def fingerprint(policy, chat_template):
     return policy if is_url(policy) else [checkpoint.fingerprint(policy), chat.fingerprint(policy, chat_template)]
 
 
+@contextmanager
+def opened(policy, policy_model="default", cache=None, device=None, chat_template="auto"):
+    """Within it, who answers prompts: the Writer of a Llama in a folder, or the Endpoint of a server at a URL. cache: a
+    file of the server's replies."""
+    if is_url(policy):
+        with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
+            yield endpoint
+    else:
+        yield Writer(policy, device, chat_template)
+
+
+def answers_of(policy, items, max_new_tokens=1024, temperature=0.0, batch=32, seed=0):
+    """Yield (place, answer) of items {"index", "prompt"}, as they are done, by an opened policy. The answer is None to
+    a prompt that does not fit the policy's context, "" where the policy said nothing."""
+    if isinstance(policy, Writer):
+        yield from written_answers(policy, items, max_new_tokens, temperature, batch, seed)
+        return
+
+    def ask(item):
+        try:
+            return policy.complete(item["prompt"], max_new_tokens, temperature, seed=seed) or ""
+        except TooLong:
+            return None
+    yield from enumerate(in_parallel(ask, items, 8))
+
+
 def policy_answers(items, policy, policy_model="default", cache=None, device=None, max_new_tokens=1024, temperature=0.0,
                    batch=32, seed=0, chat_template="auto"):
-    """Yield (place, answer) of items {"index", "prompt"}, as they are done, by a Llama in a folder or a server at a
-    URL. The answer is None to a prompt that does not fit the policy's context, "" where the policy said nothing.
-    cache: a file of the server's replies."""
-    if is_url(policy):
-        def ask(item):
-            try:
-                return endpoint.complete(item["prompt"], max_new_tokens, temperature, seed=seed) or ""
-            except TooLong:
-                return None
-        with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
-            yield from enumerate(in_parallel(ask, items, 8))
-        return
-    yield from written_answers(Writer(policy, device, chat_template), items, max_new_tokens, temperature, batch, seed)
+    """As answers_of, by a policy that is opened for it."""
+    with opened(policy, policy_model, cache, device, chat_template) as policy:
+        yield from answers_of(policy, items, max_new_tokens, temperature, batch, seed)
 
 
 def written_answers(writer, items, max_new_tokens, temperature, batch, seed):
-    """As policy_answers, by a Writer."""
-    new_tokens = min(max_new_tokens, writer.llama.config.max_position_embeddings // 2)
+    """As answers_of, by a Writer."""
+    new_tokens = writer.room(max_new_tokens)
     prompts = [writer.encode(item["prompt"], new_tokens, [0, len(item["prompt"])]) for item in items]
     fitting = [i for i, prompt in enumerate(prompts) if prompt]
     yield from ((i, None) for i, prompt in enumerate(prompts) if not prompt)
@@ -132,89 +182,35 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
     items: dicts with "index", "prompt", "original", and "objectives" (a list of Objective) where an item has its own.
     One whose prompt does not fit the model even without its oldest turns keeps its answer and says "left_as_is".
     sampling: temperature, top_k, ... (see generate.stream)."""
-    new_tokens = min(max_new_tokens, aligner.llama.config.max_position_embeddings // 2)
+    new_tokens = aligner.room(max_new_tokens)
     for round_number in range(rounds):
         last = round_number + 1 == rounds
         prompts, fitting, edited = [], [], []
         for item in items:
-            answer = item.get("aligned", item["original"])
-            text, context = data.aligner_prompt(item["prompt"], answer, item.get("objectives", objectives),
-                                                template=template)
-            ids = aligner.encode(text, new_tokens, context)
-            if ids is None:
-                edited.append({**item, "aligned": answer, "left_as_is": item.get("left_as_is", "aligned" not in item)})
+            text, context = data.aligner_prompt(item["prompt"], item.get("aligned", item["original"]),
+                                                item.get("objectives", objectives), template=template)
+            prompt = aligner.encode(text, new_tokens, context)
+            if prompt is None:
+                edited.append(edited_item(item, None))
             else:
-                prompts.append(ids)
+                prompts.append(prompt)
                 fitting.append(item)
         if last:
             yield from edited
         seeds = [seed_from(seed, item["index"], round_number + 1) for item in fitting]
         for i, text in aligner.write(prompts, new_tokens, batch, seeds, **sampling):
-            edited.append({**fitting[i], "aligned": text})
+            edited.append(edited_item(fitting[i], text))
             if last:
                 yield edited[-1]
         items = sorted(edited, key=lambda item: item["index"])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Files in, files out
-
-DEFAULT = ["harmless", "helpful"]  # objectives, where neither the user nor a row names any
-COLUMNS = ("prompt", "original", "aligned", "objectives", "golden")
-JOINT = " | "  # between the objectives in a cell of a CSV file
-
-
-def read_items(paths, objectives=None, queries=None, limit=None, skipped=None):
-    """One item per answer of the files (or per prompt, where there is none): {"index", "prompt", "original"?,
-    "golden"?, "objectives": texts}. objectives: Objectives for every item; None: each row's own, or DEFAULT."""
-    answers = ((where, row, response) for path in paths
-               for where, row in formats.located_rated(path, objective="chosen", queries=queries, skipped=skipped)
-               for response in row["responses"] or [None])
-    items, unheeded, shared = [], 0, objectives or find_objectives(DEFAULT)
-    for index, (where, row, response) in enumerate(itertools.islice(answers, limit)):
-        own = row.get("objectives")
-        unheeded += bool(own and objectives)
-        told = own_objectives(own, where) if own and not objectives else shared
-        item = {"index": index, **{key: row[key] for key in ("prompt", "golden") if key in row},
-                "objectives": [str(objective) for objective in told]}
-        items.append(item if response is None else {**item, "original": response["text"]})
-    if unheeded:
-        note(f"{unheeded} of {len(items)} answers come with objectives of their own; --objectives is used instead")
-    return items
-
-
-def asked_for(texts):
-    """The Objectives in texts, as find_objectives takes them. UserError for one in several wordings of the user's own:
-    an edit is asked for in one."""
-    found = find_objectives(texts)
-    for objective in found:
-        if objective.wordings and objective != OBJECTIVES.get(objective.name):
-            raise UserError(f"objective {objective.name!r} has several wordings, with ' | ' between them; give one")
-    return found
-
-
-def own_objectives(texts, where):
-    """The Objectives that a row names, in texts as on the command line, but for files. Raises UserError."""
-    try:
-        if any(text.endswith(".json") for text in texts):
-            raise UserError('a row names no file of objectives; write "Name: description" there')
-        return asked_for(texts)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def write_rows(path, rows):
-    """JSONL, or CSV with the objectives joined by JOINT in one cell; whole or not at all."""
-    if not str(path).endswith(".csv"):
-        write_jsonl(path, rows)
-        return
-
-    def write(aside):
-        with open(aside, "w", encoding="utf-8", errors="replace", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows({**row, "objectives": JOINT.join(row["objectives"])} for row in rows)
-    write_whole(path, write)
+def edited_item(item, text):
+    """The item with its edit; None, an edit that does not fit the model, leaves it as it is."""
+    if text is not None:
+        return {**item, "aligned": text}
+    untouched = item.get("left_as_is", "aligned" not in item)  # if this is not the first round, it may have been edited
+    return {**item, "aligned": item.get("aligned", item["original"]), "left_as_is": untouched}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -224,7 +220,9 @@ def write_rows(path, rows):
 def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="the aligner")
+    add("--model", required=True, metavar="FOLDER_OR_URL", help="the aligner: a folder, or an OpenAI-compatible server "
+        "(key in OPENAI_API_KEY); --max-new-tokens is then to leave its context room for the prompt")
+    add("--model-name", metavar="NAME", help="the aligner's name on that server")
     add("--data", nargs="+", metavar="FILE", help="answers (or edits) to edit, or prompts, in any form data.py reads")
     add("--objectives", nargs="+", metavar="O", help='names, "Name: what a response must do", or JSON files, in this '
         f"order, for all rows (default: each row's own or, where it has none, {' '.join(DEFAULT)})")
@@ -234,9 +232,11 @@ def arguments(argv=None):
     add("--policy-model", default="default", metavar="NAME", help="the model's name on that server")
     add("--queries", metavar="FILE", help="file with the queries, for outputs that lack them")
     add("--template", metavar="FILE", help="JSON with the prompt template that the aligner was trained with")
-    add("--chat-template", choices=["auto", "plain"], default="auto", help="auto: ask aligner and policy by their own "
-        "chat templates, where their folders have one and they were not trained without it; plain: without")
+    add("--chat-template", choices=["auto", "plain"], help="auto: ask aligner and policy by their own chat templates, "
+        "where their folders have one and they were not trained without it; plain: without (default auto). An aligner "
+        "behind a server is asked by its completions; auto: by its chat completions, for one with such a template")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N answers, or prompts")
+    add("--shard", type=shard, metavar="I/N", help="of these, only the rows I, I + N, I + 2N, ..., I from 0 to N - 1")
     add_options(parser, Options)
     add_options(parser, Sampling)
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
@@ -244,6 +244,20 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.data and not args.interactive:
         parser.error("give --data FILE..., or --interactive")
+    args.asked_by = args.chat_template or ("plain" if is_url(args.model) else "auto")  # the aligner
+    args.chat_template = args.chat_template or "auto"                                  # the policy
+    if is_url(args.model):
+        if not args.model_name:
+            parser.error("--model URL needs --model-name")
+        refuse_given(parser, args, ["top_k", "min_p"], "is nothing that OpenAI-compatible servers know")
+        if not args.policy or is_url(args.policy):
+            refuse_given(parser, args, ["device"], "is for a folder; the server has a device of its own")
+    else:
+        refuse_given(parser, args, ["model_name"], "is an aligner's behind a server; give --model URL")
+    if args.interactive:
+        refuse_given(parser, args, ["shard"], "is for --data")
+    elif args.shard and args.out.endswith(".csv"):
+        parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
     if not args.temperature:
         refuse_given(parser, args, vars(Sampling()).keys() - {"temperature"}, "needs a --temperature above 0")
     return args
@@ -279,67 +293,69 @@ def main():
     wanted = args.objectives or DEFAULT
     objectives = asked_for(wanted)
     if args.interactive:
-        aligner = Writer(args.model, args.device, args.chat_template)
-        interactive(aligner, wanted, template, **vars(options), **vars(sampling))
+        interactive(aligner_of(args), wanted, template, **vars(options), **vars(sampling))
     else:
         edit_files(args, options, sampling, template, objectives if args.objectives else None)
+
+
+def aligner_of(args):
+    if is_url(args.model):
+        return Served(args.model, args.model_name, args.asked_by)
+    return Writer(args.model, args.device, args.asked_by)
 
 
 def edit_files(args, options, sampling, template, objectives):
     """Edit the answers of --data into --out, after the policy has given those that are missing."""
     files = [text for text in args.objectives or () if text.endswith(".json")]
     check_out(args.out, [*args.data, *files, args.queries, args.template])
-    skipped = Counter()
-    items = read_items(args.data, objectives, args.queries, args.limit, skipped)
-    if not items:
-        raise UserError(f"{args.data[0]}: no rows to align")
-    if args.out.endswith(".csv") and any(JOINT.join(i["objectives"]).split(JOINT) != i["objectives"] for i in items):
-        raise UserError(f"{args.out}: no CSV file can hold objectives with {JOINT!r} in them; give --out FILE.jsonl")
-    unanswered = [item for item in items if "original" not in item]
-    if unanswered and not args.policy:
-        raise UserError(f"{args.data[0]}: {len(unanswered)} prompts have no answer; give --policy FOLDER_OR_URL, "
-                        "whose answers are to be edited")
-    if Path(args.out).exists():
-        note(f"{args.out}: exists already; it is replaced when all is done")
-    aligner = Writer(args.model, args.device, args.chat_template)
-    policy = fingerprint(args.policy, args.chat_template) if unanswered else args.policy
-    journal = Journal(args.out, digest(fingerprint(args.model, args.chat_template), policy, args.policy_model,
-                                       lasting(options),
-                                       vars(sampling), items, template))
-    for item in items:
-        item.update(journal.rows.get(item["index"], {}))
-    if asked := [item for item in unanswered if "original" not in item]:
-        answers = policy_answers(asked, args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device,
-                                 options.max_new_tokens, sampling.temperature, options.batch, options.seed,
-                                 args.chat_template)
-        for i, text in tqdm(answers, "policy answers", len(asked), unit=" answers"):
-            asked[i]["original"] = text
-            if text or not is_url(args.policy):  # after a kill, a server is asked again
-                journal.add({"index": asked[i]["index"], "original": text})
-    faults = {item["index"]: "that do not fit the policy's context" if item["original"] is None else
-              "to which the policy gave an empty answer" for item in unanswered if not (item["original"] or "").strip()}
-    items = [item for item in items if item["index"] not in faults]
-    todo = [{**item, "objectives": row_objectives(item)} for item in items if "aligned" not in item]
-    edits = align(aligner, todo, None, template, **vars(options), **vars(sampling))
-    for row in tqdm(edits, "aligning", len(items), initial=len(items) - len(todo), unit=" answers"):
-        journal.add({key: row[key] for key in ("index", "aligned", "left_as_is") if key in row})
-    rows = [{**item, **journal.rows[item["index"]]} for item in items]
-    write_rows(args.out, [{key: row[key] for key in COLUMNS if key in row} for row in rows])
+    items = Items(args.data, objectives, args.queries, args.limit, args.shard)
+    check(items, args.out, args.policy)
+    content, aligner = items.digest, aligner_of(args)
+    answered_by = fingerprint(args.policy, args.chat_template) if items.unanswered else args.policy
+    journal = Journal(args.out, digest(fingerprint(args.model, args.asked_by), args.model_name, args.asked_by,
+                                       answered_by, args.policy_model, lasting(options), vars(sampling), content,
+                                       template))
+    with ExitStack() as stack:
+        policy = functools.cache(lambda: stack.enter_context(  # called only where an answer is missing still
+            opened(args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device, args.chat_template)))
+        done, faults = sum("aligned" in row for row in journal.rows.values()), Counter()
+        bar = stack.enter_context(tqdm(total=items.count, initial=done, desc="aligning", unit=" answers"))
+        for window in windows(items):
+            missing = [item for item in window if "original" not in item]
+            for item in window:
+                item.update(journal.rows.get(item["index"], {}))
+            if asked := [item for item in missing if "original" not in item]:
+                answers = answers_of(policy(), asked, options.max_new_tokens, sampling.temperature, options.batch,
+                                     options.seed)
+                for i, text in tqdm(answers, "policy answers", len(asked), unit=" answers", leave=False):
+                    asked[i]["original"] = text
+                    if text or not is_url(args.policy):  # after a kill, a server is asked again
+                        journal.add({"index": asked[i]["index"], "original": text})
+            left_out = {item["index"]: "that do not fit the policy's context" if item["original"] is None else
+                        "to which the policy gave an empty answer" for item in missing
+                        if not (item["original"] or "").strip()}
+            faults.update(left_out.values())
+            todo = [{**item, "objectives": row_objectives(item)} for item in window
+                    if "aligned" not in item and item["index"] not in left_out]
+            for row in align(aligner, todo, None, template, **vars(options), **vars(sampling)):
+                journal.add({key: row[key] for key in ("index", "aligned", "left_as_is") if key in row})
+                bar.update()
+    told = Counter()
+    write_rows(args.out, finished(items, content, journal, told))
     journal.finish()
-    tell(args.out, rows, skipped, Counter(faults.values()), aligner.acceptance)
+    tell(args.out, told, items.skipped, faults, aligner.acceptance)
 
 
-def tell(out, rows, skipped, faults, acceptance):
+def tell(out, told, skipped, faults, acceptance):
     """What was left out, what was changed, and how much of it was copied."""
     for reason, count in skipped.items():
         print(f"left out: {count} rows, {reason}")
     for reason, count in faults.items():
         print(f"left out: {count} prompts {reason}")
-    if kept := sum(row.get("left_as_is", False) for row in rows):
-        print(f"left as they were: {kept} answers that do not fit the aligner's context")
-    changed = sum(row["aligned"] != row["original"] for row in rows)
+    if told["kept"]:
+        print(f"left as they were: {told['kept']} answers that do not fit the aligner's context")
     share = f"; {100 * acceptance.share:.0f} % of the tokens copied" if acceptance.written else ""
-    print(f"{out}: {len(rows)} answers, {changed} changed{share}")
+    print(f"{out}: {told['rows']} answers, {told['changed']} changed{share}")
 
 
 if __name__ == "__main__":

@@ -66,22 +66,25 @@ class Connecting(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 class Endpoint:
     """A client of one model behind an OpenAI-compatible server; its methods may be called from many threads.
 
-    url: "http://host:8000", ".../v1" or ".../v1/chat/completions". key: by default the environment's OPENAI_API_KEY.
+    url: "http://host:8000", ".../v1" or ".../v1/chat/completions". plain: the model goes on from texts as they are, by
+    the completions API; it is asked with `go_on` and not with `chat`. key: by default the environment's OPENAI_API_KEY.
     cache: a JSONL file where every reply that says something is kept, so that no question to this server is ever paid
     for twice, in this run or a later one. It is opened, and locked, at once: what cannot be written is an error before
     anything is asked. timeout: seconds for a whole exchange, from connecting to the last byte; retries: after the
     first attempt; backoff: seconds. `empty` counts the prompts that `complete` got no answer to.
     """
 
-    def __init__(self, url, model, key=None, cache=None, timeout=60, retries=6, backoff=1.0, seed=0):
+    def __init__(self, url, model, key=None, cache=None, timeout=60, retries=6, backoff=1.0, seed=0,
+                 plain=False):
         if re.search("[@?#]", url):  # not quoted: it may be a password
             raise UserError("the server's address holds a '@', a '?' or a '#'; give it without name, password and "
                             "query, like http://localhost:8000, and the key in OPENAI_API_KEY")
         if not re.fullmatch(r"https?://([^\s/:]+|\[[^\s/]+\])(:\d+)?(/\S*)?", url):
             raise UserError(f"{url}: not the address of a server; give one like http://localhost:8000")
         url = url.rstrip("/")
-        if not url.endswith("/chat/completions"):
-            url += "/chat/completions" if url.endswith("/v1") else "/v1/chat/completions"
+        base = re.sub("(/chat)?/completions$", "", url)
+        base += "" if base != url or url.endswith("/v1") else "/v1"
+        url, self.plain = base + ("/completions" if plain else "/chat/completions"), plain
         key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY: holds characters that no key has; set it again")
@@ -138,6 +141,13 @@ class Endpoint:
             self.empty += 1
         return None
 
+    def go_on(self, text, max_tokens, temperature=0.0, **extra):
+        """What the model writes (str, "" for nothing) after a text as it is or, where it is not `plain`, after a chat
+        of this one message. Kept nowhere: whoever asks a million questions has a journal of the answers."""
+        asked = {"prompt": text} if self.plain else {"messages": [{"role": "user", "content": text}]}
+        return reply_text(self._ask({"model": self.model, **asked, "max_tokens": max_tokens,
+                                     "temperature": temperature, **extra}))
+
     def _ask(self, payload):
         """Sends until a whole reply has come: waits twice as long after each failure, give or take a half."""
         for attempt in range(self.retries + 1):
@@ -187,7 +197,7 @@ class Endpoint:
             raise UserError(f"{self.url}: a reply of more than {MOST_REPLY >> 20} MB; check the URL")
         try:
             reply = json.loads(content)
-            if is_reply(reply):
+            if is_reply(reply, self.plain):
                 return change_texts(reply, self._masked)
         except (ValueError, RecursionError) as error:
             raise TryAgain("a reply that is not whole JSON, or nested too deeply") from error
@@ -321,17 +331,19 @@ def append(file, line):
 # Replies and messages
 
 
-def is_reply(reply):
-    """Does it have the form of a chat completion?"""
+def is_reply(reply, plain=False):
+    """Does it have the form of a chat completion or, plain, of a completion?"""
     try:
-        return isinstance(reply["choices"][0]["message"], dict)
+        choice = reply["choices"][0]
+        return isinstance(choice["text"], str) if plain else isinstance(choice["message"], dict)
     except (KeyError, IndexError, TypeError):
         return False
 
 
 def reply_text(reply):
-    """The text of a chat completion, "" if it has none. Half a surrogate pair is no character: it becomes U+FFFD."""
-    content = reply["choices"][0]["message"].get("content")
+    """The text of a completion, "" if it has none. Half a surrogate pair is no character: it becomes U+FFFD."""
+    choice = reply["choices"][0]
+    content = choice["message"].get("content") if "message" in choice else choice["text"]
     return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
 
 

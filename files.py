@@ -4,9 +4,11 @@ From top to bottom: lines; records; how a message quotes a wrong value; a record
 UserError, with file and line. What the records mean is formats.py's business.
 """
 import csv
+import functools
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
@@ -114,7 +116,8 @@ OURS = "prompt,original,aligned,objectives,golden"  # the header of what align.p
 
 def csv_records(path):
     csv.field_size_limit(sys.maxsize)  # by default, an answer of more than 131,072 characters is refused
-    escape = "\\" if escapes_backslashes(path) else None
+    there = os.stat(path)
+    escape = "\\" if escapes_backslashes(path, there.st_ino, there.st_size, there.st_mtime_ns) else None
     reader = csv.reader((text for _, text in lines(path)), escapechar=escape, strict=True)
     header, line = None, 1
     try:
@@ -133,10 +136,12 @@ def csv_records(path):
         raise UserError(f"{path}:{line}: invalid CSV ({error}); mend the row that begins there") from None
 
 
-def escapes_backslashes(path):
+@functools.cache
+def escapes_backslashes(path, *version):
     r"""Whether a CSV file was written with the backslash as escape character (pandas: escapechar="\\"): then each one
     stands there twice. Some of MetaAligner's published outputs were written without: a single "\_" or "\(" gives them
-    away, and to unescape them would change their text or break their rows."""
+    away, and to unescape them would change their text or break their rows. Of a file that is read again, and has not
+    changed, this is known, and its note is told."""
     pattern = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"])')
     single = doubled = None  # the first lines with such
     for number, text in lines(path):

@@ -18,6 +18,8 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -322,50 +324,80 @@ class Run:
 # Output files in the making
 
 
+class Finished(Mapping):
+    """{index: row} of a journal's rows. They stay in its file, and are read there when they are asked for: memory holds
+    only where each one stands, 8 bytes."""
+
+    def __init__(self, file):
+        self.file, self.places = file, array("q")  # -1: not finished
+
+    def put(self, index, place):
+        if index < 0:
+            raise IndexError(index)
+        self.places.extend([-1] * (index + 1 - len(self.places)))
+        self.places[index] = place
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self.places) or self.places[index] < 0:
+            raise KeyError(index)
+        self.file.seek(self.places[index])
+        return json.loads(self.file.readline())
+
+    def __iter__(self):
+        return (index for index, place in enumerate(self.places) if place >= 0)
+
+    def __len__(self):
+        return sum(place >= 0 for place in self.places)
+
+
 class Journal:
     """OUT.part: a line per finished row, {"index", ...}, behind a first line that tells what run it belongs to.
 
-    `rows` {index: row} is what is finished; lines of one index are joined. No other process may write it meanwhile."""
+    `rows` {index: row} is what is finished; of one index, the last line counts. No other process may write it
+    meanwhile."""
 
     def __init__(self, path, run):
-        self.path, self.rows = Path(f"{path}.part"), {}
+        self.path = Path(f"{path}.part")
         self.file = locked(self.path)
+        self.rows = Finished(self.file)
         if not self.recover(run):
             self.file.truncate(0)
             self.write({"run": run})
 
     def recover(self, run):
-        """Read what a killed run had finished; its last line may be torn and is then cut off. False where it had
+        """Find what a killed run had finished; its last line may be torn and is then cut off. False where it had
         finished nothing."""
-        whole, mark = self.path.read_bytes(), b'{"run": '
-        *lines, torn = whole.split(b"\n")  # not splitlines(), which would also cut at U+2028 inside an answer
-        if len(lines) < 2 and (whole.startswith(mark) or mark.startswith(whole)):
+        self.file.seek(0)
+        head, line, mark = self.file.readline(), self.file.readline(), b'{"run": '
+        if not line.endswith(b"\n") and (head.startswith(mark) or mark.startswith(head)):
             return False
+        place = len(head)
         try:
-            same = json.loads(lines[0])["run"] == run
-            rows = [json.loads(line) for line in lines[1:]] if same else []
-            for row in rows:
-                self.keep(row)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            same = json.loads(head)["run"] == run
+            while same and line.endswith(b"\n"):
+                self.rows.put(json.loads(line)["index"], place)
+                place += len(line)
+                line = self.file.readline()
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, MemoryError) as error:
             raise UserError(f"{self.path}: is not the unfinished output of this program; move it, or give another "
                             "--out") from error
         if not same:
             raise UserError(f"{self.path}: is the unfinished output of a run with other settings; delete it, or give "
                             "those settings again, or another --out")
-        self.file.truncate(len(whole) - len(torn))
+        self.file.truncate(place)
         return True
 
-    def keep(self, row):
-        self.rows[row["index"]] = {**self.rows.get(row["index"], {}), **row}
-
     def write(self, row):
+        """Gives the place of the row's line in the file."""
+        place = self.file.seek(0, os.SEEK_END)
         self.file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self.file.flush()
+        return place
 
     def add(self, row):
         """A row, or more of one, is finished."""
-        self.write(row)
-        self.keep(row)
+        index = row["index"]
+        self.rows.put(index, self.write({**self.rows.get(index, {}), **row}))
 
     def finish(self):
         """The output has been put in place: remove the journal."""

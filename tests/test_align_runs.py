@@ -125,11 +125,11 @@ def test_what_a_server_does_not_answer_is_left_out_and_asked_again(world, serve,
 
 
 def test_an_empty_answer_of_a_llama_is_left_out_too(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(align, "policy_answers", lambda *_: [(0, "Yes."), (1, ""), (2, None)])
+    monkeypatch.setattr(align, "answers_of", lambda *_: [(0, "Yes."), (1, ""), (2, None)])
     words = command(world, tmp_path / "out", "--policy", world / "policy", "--limit", 3, source="prompts.jsonl")
     stopped(words, monkeypatch)
     capsys.readouterr()
-    monkeypatch.delattr(align, "policy_answers")  # nobody is asked again
+    monkeypatch.delattr(align, "answers_of")  # nobody is asked again
     assert run(align, monkeypatch, words) == 0
     printed = capsys.readouterr().out
     assert "left out: 1 prompts to which the" in printed and "left out: 1 prompts that do" in printed

@@ -486,28 +486,35 @@ def test_peft_loads_an_adapter_from_where_it_was_trained_and_onto_its_base(world
 
 
 @pytest.fixture
-def served(world):
-    """The URL of `transformers serve`, with the policy loaded."""
+def served(world, request):
+    """The URL of `transformers serve`, with the policy loaded, or the folder that the test names."""
+    folder = world / getattr(request, "param", "policy")
     for name in ("transformers", "fastapi", "uvicorn", "openai"):
         pytest.importorskip(name)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [Path(sys.executable).with_name("transformers"), "serve", world / "policy", "--host", "127.0.0.1", "--port",
+        [Path(sys.executable).with_name("transformers"), "serve", folder, "--host", "127.0.0.1", "--port",
          str(port), "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while True:
-        try:
-            opener.open(f"{url}/health", timeout=5).close()
-            break
-        except OSError:
+    try:
+        while not answers(opener, url):
             assert server.poll() is None and time.monotonic() < until, "the server does not start"
             time.sleep(0.5)
-    yield url
-    server.terminate()
-    server.wait(30)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def answers(opener, url):
+    try:
+        opener.open(f"{url}/health", timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def test_a_served_policy_answers_as_its_folder_does(world, served, tmp_path, monkeypatch):
@@ -522,3 +529,27 @@ def test_a_served_policy_answers_as_its_folder_does(world, served, tmp_path, mon
     llama, tokenizer = checkpoint.load(world / "policy"), checkpoint.load_tokenizer(world / "policy")
     ours = generate(llama, [ids_of(world / "policy", prompt) for prompt in asked], 16)
     assert said == [tokenizer.decode(ids).strip() for ids in ours]
+
+
+@pytest.mark.parametrize("served", ["aligner"], indirect=True)
+def test_a_served_aligner_edits_as_its_folder_does(world, served, tmp_path, monkeypatch):
+    """By completions, and by chats of one message. Both make the ids of the text that training made of it: BOS, and no
+    other special token."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(align, "computes_bf16", lambda device: False)  # fp32, as the server computes
+    words = ["--data", world / "rated.jsonl", "--objectives", "harmless", "--max-new-tokens", 16, "--limit", 6]
+    here = [*words, "--model", world / "aligner", "--out", tmp_path / "here.jsonl", "--device", "cpu"]
+    assert run(align, monkeypatch, here) == 0
+    for template in ("plain", "auto"):
+        there = [*words, "--model", served, "--model-name", world / "aligner", "--out", tmp_path / "there.jsonl"]
+        assert run(align, monkeypatch, [*there, "--chat-template", template]) == 0
+        assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    transformers = pytest.importorskip("transformers")
+    tokenizer, writer = transformers.AutoTokenizer.from_pretrained(world / "aligner"), align.Writer(world / "aligner")
+    for row in map(json.loads, (tmp_path / "here.jsonl").open()):
+        text, context = data.aligner_prompt(row["prompt"], row["original"], data.find_objectives(["harmless"]))
+        assert tokenizer(text).input_ids == writer.encode(text, 16, context)
+        messages = [{"role": "user", "content": text}]
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == \
+            writer.encode(text, 16, context)
