@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common import add_options, announce, cli, make_parser, option, read_options, write_jsonl
+import blackbox
 import checkpoint
 import data
 import formats
@@ -173,7 +174,7 @@ def ask_policy(name, prompts, out, seed, device):
     """One answer of a policy to each prompt. All that anybody ever learns of a policy is this text."""
     rng = random.Random(f"{name} answers {seed}")
     if name == "blackbox":
-        server = toy.serve(name)
+        server = blackbox.serve(name)
         endpoint = Endpoint(server.url, name)
         texts = [endpoint.complete(prompt, 256) for prompt in prompts]
         server.shutdown()

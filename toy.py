@@ -14,7 +14,6 @@ length: mention X, avoid X, begin with X, X before Y, in at most N sentences. Ho
 import argparse
 import random
 import re
-import time
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -260,6 +259,17 @@ def question(rng):
 PLACES = ("first", "inside", "last")  # of a digression
 
 
+def favourites(rng, sentences, count):
+    """Different ones of the sentences, each half as likely as the one before it in the list. Were all as likely, the
+    likeliest text would have none of them long before a model that is to put one in doubts that it should."""
+    chances = {sentence: 0.5 ** place for place, sentence in enumerate(sentences)}
+    chosen = []
+    for _ in range(count):
+        chosen += rng.choices(list(chances), list(chances.values()))
+        del chances[chosen[-1]]
+    return chosen
+
+
 def material(rng, number, digressions):
     """Everything that one writer could say to a question, in order: [(trait, sentence), ...]. Answers to the same
     question are choices from the same material, so they share most of their sentences, as drafts of one text do.
@@ -271,12 +281,12 @@ def material(rng, number, digressions):
             body.insert(rng.randrange(len(body) + 1), (trait, sentence))
     body.insert(rng.randrange(len(body) + 1), ("wrong", rng.choice(WRONG[number])))
     said = {place: [] for place in PLACES}
-    for (place, word), sentence in zip(digressions, rng.sample(DIGRESSIONS, len(digressions))):
+    for (place, word), sentence in zip(digressions, favourites(rng, DIGRESSIONS, len(digressions))):
         said[place].append((f"about {word}", sentence.replace("X", word)))
     spots = sorted(rng.randrange(len(body) + 1) for _ in said["inside"])
     for spot, sentence in reversed([*zip(spots, said["inside"])]):
         body.insert(spot, sentence)
-    one = {trait: (trait, rng.choice(SENTENCES[trait])) for trait in ("comfort", "warning", "joke", "courtesy")}
+    one = {trait: (trait, *favourites(rng, SENTENCES[trait], 1)) for trait in ("comfort", "warning", "joke", "courtesy")}
     return [*said["first"], one["comfort"], *body, one["warning"], one["joke"], one["courtesy"], *said["last"]]
 
 
@@ -341,7 +351,7 @@ def wishes(rng, verbs, words, made_up):
             continue
         slots = wordings.some_words(rng, verb, words, made_up)
         names.append("_".join([verb, *slots]))
-        place = "first" if verb.startswith("begin") else "last" if verb.startswith("end") else rng.choice(PLACES)
+        place = "first" if verb.startswith("begin") else rng.choice(PLACES) if verb == "avoid" else "last"
         digressions.append((place, slots[0]))
         if place != "inside" and rng.random() < 0.5:
             digressions.append(("inside", slots[0]))
@@ -350,10 +360,13 @@ def wishes(rng, verbs, words, made_up):
     return names, digressions
 
 
+LENGTHS = (0.1, 0.2, 0.4, 1.0)  # of rated answers, in shares of a whole one: what to take out is learned from brief ones
+
+
 def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5):
     """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft, of
-    anybody's manners: each sentence is dropped or added with a chance of up to `varied`, another for each question. A
-    rater scores what there is to see: the named objectives, and one or two wishes.
+    anybody's manners: all sentences of a trait are dropped or added with a chance of up to `varied`, another for each
+    question. A rater scores what there is to see: the named objectives, and one or two wishes.
 
     bent: the share of answers that are varied towards good or towards bad only, towards good if they grant the
         wishes."""
@@ -363,7 +376,7 @@ def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, 
         names, asked = wishes(rng, ASKED, words, made_up)
         aside = [(rng.choice(PLACES), any_word(rng, words, made_up)) for _ in range(rng.choice((0, 1, 1, 2)))]
         sentences = material(rng, number, asked + aside)
-        chance, rare = manners(rng, rng.choice((0.4, 1.0))), varied * rng.random()
+        chance, rare = manners(rng, rng.choice(LENGTHS)), varied * rng.random()
         draft = [rng.random() < chance_of(trait, chance) for trait, _ in sentences]
         free = {f"about {word}" for _, word in asked}  # what is said aside stays, unless length is what is asked for
         free |= {f"about {word}" for _, word in aside} if any(name.startswith("at") for name in names) else set()
@@ -373,20 +386,19 @@ def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, 
                "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in scored}} for t in texts]}
 
 
-GOOD = {trait: wanted for trait, wanted in NAMED.values()}
-
-
 def variation(rng, sentences, draft, free, rare, names, bent):
-    """Which sentences of the material a variation of the draft keeps: [bool, ...]."""
+    """Which sentences of the material a variation of the draft keeps: [bool, ...]. A trait is varied as a whole: who
+    minds an objective minds it throughout, so that what an edit is to do follows from the objectives that it names."""
     kept = [rng.random() < 0.5 if trait in free else keep for keep, (trait, _) in zip(draft, sentences)]
     text, direction = join(sentences, kept), None
     if rng.random() < bent:
         direction = all(score(name, "", text) for name in names)
-    for place, (trait, _) in enumerate(sentences):
-        towards = GOOD.get(trait)
-        if towards is not None and rng.random() < rare and direction in (None, towards != kept[place]):
-            kept[place] = not kept[place]
-    return kept
+    says = {}  # trait -> whether all its sentences are said, or none
+    for trait, wanted in NAMED.values():
+        if rng.random() < rare:
+            good = rng.random() < 0.5 if direction is None else direction
+            says[trait] = wanted == good
+    return [says.get(trait, keep) for keep, (trait, _) in zip(kept, sentences)]
 
 
 def repetitions(count, seed):
@@ -440,7 +452,12 @@ def brief_text(rng, made_up):
         names.append(rng.choice([f"atmost_{min(length + rng.randint(0, 2), 12)}", f"atleast_{length}"]))
     notes = [wordings.say(rng, name, "all") for name in names for _ in range(rng.choice((1, 1, 1, 2)))]
     rng.shuffle(notes)
-    return f"The answer: {'; '.join(notes)}{prompt} {' '.join(sentences)}"
+    return f"The answer: {'; '.join(notes)}{prompt} {said_again(rng, ' '.join(sentences), 0.35)}"
+
+
+def said_again(rng, text, chance):
+    """A text that is, with a chance, asked for again and said again, word for word: practice in copying."""
+    return f"{text}\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < chance else text
 
 
 def brief_wish(rng, made_up):
@@ -460,7 +477,7 @@ def brief_wish(rng, made_up):
 
 
 def whole_text(rng, made_up):
-    """A question and anybody's answer under some of what is true of it; half of the answers are asked for again."""
+    """A question and anybody's answer under some of what is true of it; most answers are said again."""
     prompt, number = question(rng)
     words = list({any_word(rng, made_up=made_up): None for _ in range(rng.choice((0, 1, 1, 2)))})
     text = write(rng, material(rng, number, [(rng.choice(PLACES), word) for word in words]),
@@ -469,8 +486,7 @@ def whole_text(rng, made_up):
     true = rng.sample(true, min(3, len(true))) + [f"mention_{word}" for word in words]
     rng.shuffle(true)
     notes = "; ".join(wordings.say(rng, name, "all") for name in true)
-    again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.5 else ""
-    return f"The answer: {notes}{prompt} {text}{again}"
+    return f"The answer: {notes}{prompt} {said_again(rng, text, 0.8)}"
 
 
 def phrases():
@@ -499,40 +515,6 @@ def train_tokenizer(texts, size=3072, phrases=()):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# A black box: the world behind an OpenAI-compatible server, which gives text and nothing else
-
-
-def serve(policy="blackbox", port=0):
-    """Start a server on 127.0.0.1 that answers as one of POLICIES; gives the server (its .url, its .shutdown())."""
-    import json
-    import threading
-    import zlib
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:"
-            try:
-                text, status = answer(policy, prompt, random.Random(zlib.crc32(prompt.encode()))), 200
-            except UserError as error:
-                text, status = str(error), 400
-            message = {"error": {"message": text}} if status == 400 else {
-                "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(message).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -550,7 +532,6 @@ def main():
     parser.add_argument("--show", action="store_true", help="print a few questions, answers and scores")
     parser.add_argument("--out", metavar="FOLDER", help="write texts.jsonl, rated.jsonl, prompts.jsonl, "
                         "objectives.json and tokenizer.json")
-    parser.add_argument("--serve", type=int, metavar="PORT", help="answer as a black box on 127.0.0.1:PORT")
     parser.add_argument("--count", type=int, default=2000, help="prompts in each file (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -567,11 +548,6 @@ def main():
         write_jsonl(folder / "objectives.json", [{name: [o.description, *o.wordings] for name, o in told.items()}])
         train_tokenizer(texts).save(str(folder / "tokenizer.json"))
         print(f"wrote {args.count} of each to {folder}")
-    elif args.serve is not None:
-        server = serve(port=args.serve)
-        print(f"answering at {server.url}; Ctrl-C to end", flush=True)
-        while True:
-            time.sleep(3600)
     else:
         show(3, args.seed)
 

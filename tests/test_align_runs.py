@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import align
+import blackbox
 import checkpoint
 import test_align
 import test_endpoint
@@ -80,7 +81,7 @@ def test_a_prompt_too_long_for_the_policy_is_left_out(world, tmp_path, monkeypat
 
 
 def test_a_server_answers_first(world, tmp_path, monkeypatch):
-    server = toy.serve()
+    server = blackbox.serve()
     write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"\n\nHuman: How do I {task}?\n\nAssistant:"}
                                          for task in toy.TASKS[:4]])
     words = command(world, tmp_path / "out.jsonl", "--policy", server.url)
