@@ -36,11 +36,11 @@ import folders
 import formats
 import methods
 import parallel
+from adamw import learning_rate, make_optimizer
 from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
-from optimizer import learning_rate, make_optimizer
 from parallel import trained
 from resume import Run, for_card, read_metrics, read_run
 
