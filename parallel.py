@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -260,8 +261,10 @@ def load_slices(folder, llama, optimizer):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
     options, parts = StateDictOptions(ignore_frozen_params=True, strict=False), slices(llama, optimizer)
     try:
-        load(parts, checkpoint_id=folder, no_dist=not several())
-    except CheckpointException as error:  # no Exception
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in one process, it tells that it is one
+            load(parts, checkpoint_id=folder, no_dist=not several())
+    except (CheckpointException, OSError) as error:  # the first is no Exception
         raise RuntimeError(str(error)) from error
     set_model_state_dict(llama, parts["model"], options=options)
     if optimizer:
