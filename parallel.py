@@ -47,9 +47,10 @@ def processes(device):
             yield place
         dist.destroy_process_group()
     except BaseException as error:
-        if int(os.environ["RANK"]):
-            time.sleep(3)  # if rank 0 ends too, torchrun ends this process meanwhile, and nothing is told twice
-        if isinstance(error, RuntimeError) and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
+        left = isinstance(error, RuntimeError) and re.search("gloo|NCCL|onnection (closed|reset)", str(error))
+        if int(os.environ["RANK"]) > (1 if left else 0):  # the first two speak of another's end: it may be the other
+            time.sleep(3)  # torchrun ends this process meanwhile, and nothing is told twice
+        if left:
             raise UserError("another process of this run has ended; start it again with --resume") from error
         raise
 
@@ -125,29 +126,49 @@ def shares(items, size):
 # The model in slices
 
 
+def place_to_load(device):
+    """Where a process that computes on a device loads a model to. Of several, rank 0 alone holds it, in main memory;
+    the others know its shapes, and `shard` gives each its slice."""
+    return device if not several() else "meta" if rank() else "cpu"
+
+
 def device_of(llama):
-    """Where a Llama is to compute. Of several processes, each has loaded it into main memory: see `shard`."""
+    """Where a Llama that has been loaded so is to compute."""
     return (dist.group.WORLD.bound_device_id or torch.device("cpu")) if several() else llama.device
 
 
 def shard(llama, half, replicate):
-    """Leave each process its slice of a Llama, on its device, where never more than a block of it is whole; with
-    replicate, all of it, so that gradients alone are exchanged. half: blocks compute in bf16; the embedding and the
-    head are cast as in one process, by autocast."""
+    """Leave each process its slice of rank 0's Llama, on its device; with replicate, all of it, so that gradients alone
+    are exchanged. Parameters are handed out one after another. half: blocks compute in bf16; the embedding and the head
+    are cast as in one process, by autocast."""
     if not several():
         return
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
     shape = (count(), 1) if replicate else (count(),)
     names = ("replicate", "shard") if replicate else ("shard",)
     mesh = dist.init_device_mesh(device_of(llama).type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
+    weights, device = {name: weight.detach() for name, weight in llama.named_parameters()}, device_of(llama)
+    llama.to("meta").tie()
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh)
+    for name, like in list(llama.named_parameters()):
+        weight = weights.pop(name)
+        weight = weight.to(device) if rank() == 0 else torch.empty_like(weight, device=device)
+        put(llama, name, distribute_tensor(weight, like.device_mesh, like.placements), like.requires_grad)
+    llama.tie()
     for module in llama.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes already
             module.set_force_sum_reduction_for_comms(True)
+
+
+def put(llama, name, tensor, requires_grad=True):
+    """Make a tensor the parameter of that name."""
+    module, _, leaf = name.rpartition(".")
+    setattr(llama.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad))
 
 
 def trained(llama):
@@ -177,9 +198,7 @@ def gather(llama):
         return
     for name, parameter in trained(llama).items():
         found = whole(parameter.detach())
-        module, _, leaf = name.rpartition(".")
-        found = found.cpu() if rank() == 0 else torch.empty(0)
-        setattr(llama.get_submodule(module), leaf, torch.nn.Parameter(found))
+        put(llama, name, found.cpu() if rank() == 0 else torch.empty(0))
     llama.tie()
 
 

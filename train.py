@@ -452,9 +452,8 @@ def memory(device):
 
 def start_from(folder, name, device, options):
     """The model in a folder, with a scalar head for a method that scores and with LoRA where it is wanted; for
-    pretrain, one from scratch where the folder has a configuration alone. On the device, or, of several processes, in
-    main memory, until it is sliced."""
-    place = "cpu" if parallel.several() else device
+    pretrain, one from scratch where the folder has a configuration alone."""
+    place = parallel.place_to_load(device)
     weights = [path for ending in ("safetensors", "bin", "index.json") for path in Path(folder).glob(f"*.{ending}")]
     if name == "pretrain" and not weights and (Path(folder) / "config.json").exists():
         if options.lora_rank:
