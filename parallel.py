@@ -82,11 +82,11 @@ def check(names):
                         "start it without torchrun")
 
 
-def first(make):
-    """What make() gives on rank 0, in every process."""
+def first(make, *given):
+    """What make(*given) gives on rank 0, in every process."""
     if not several():
-        return make()
-    told = [make() if rank() == 0 else None]
+        return make(*given)
+    told = [make(*given) if rank() == 0 else None]
     dist.broadcast_object_list(told)
     return told[0]
 
@@ -241,7 +241,7 @@ def save(run, llama, optimizer=None, **place):
     run.save(folder=folder.name, **place)  # from here on, it is the state
     if rank() == 0:
         for other in run.out.glob("state.pt.*"):
-            if other != folder:
+            if other.is_dir() and other != folder:
                 shutil.rmtree(other)
 
 

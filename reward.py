@@ -50,7 +50,7 @@ def train_principles(base, rows, out, options, device, overwrite=False, about=No
         stage = train.prepare("reward", labels, tokenizer, llama.config, options)
         about_it = {"base": str(base), "principle": folder.name, "device": str(device), **(about or {})}
         train.train(llama, tokenizer, [stage], folder, options, True, overwrite, about_it, progress)
-        parallel.first(lambda: write_principle(folder, labels, device))
+        parallel.first(write_principle, folder, labels, device)
     return folders
 
 
@@ -350,7 +350,7 @@ def run_train(files, base, out, principles, device, options, overwrite=False):
     rows, device = read_labels(files, principles), device_named(device)
     about = {"files": {path: file_digest(path) for path in files}}
     folders = train_principles(base, rows, out, options, device, overwrite, about)
-    parallel.first(lambda: report(folders, rows, out, options, device))
+    parallel.first(report, folders, rows, out, options, device)
 
 
 def report(folders, rows, out, options, device):

@@ -303,14 +303,15 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                 bar.update()
                 if (step + 1) % options.val_every == 0 or step + 1 == total:
                     validate(llama, tokenizer, stage, step + 1, run, options, progress)
-                if parallel.first(lambda: now - saved > options.save_seconds) and step + 1 < total:
+                waited = parallel.all_of(now - saved)[0]  # by rank 0's clock
+                if waited > options.save_seconds and step + 1 < total:
                     parallel.save(run, llama, optimizer, stage=place, step=step + 1, tokens=tokens,
                                   seconds=row["seconds"])
                     saved = time.perf_counter()
         if place + 1 < len(stages):
             parallel.save(run, llama, stage=place + 1, step=0)
     parallel.gather(llama)
-    return parallel.first(lambda: finish(run, llama, tokenizer, options))
+    return parallel.first(finish, run, llama, tokenizer, options)
 
 
 def finish(run, llama, tokenizer, options):
@@ -472,7 +473,7 @@ def start_from(folder, name, device, options):
 def load_tokenizer(folder, llama, options, out=None):
     """The tokenizer in a model's folder, behind its chat template where options say so; llama.config is told what ends
     an answer then. out: the folder of the run, where it goes on."""
-    began = parallel.first(lambda: read_run(out).get("began")) if out else None
+    began = parallel.first(read_run, out).get("began") if out else None
     tokenizer = checkpoint.load_tokenizer(folder, llama)
     return chat.with_template(tokenizer, folder, llama.config, options.chat_template, began)
 
