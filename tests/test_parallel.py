@@ -99,14 +99,14 @@ def killed(world, tmp_path_factory):
     """The folder of a run of which one of two processes was killed in a step after the first; what was said."""
     out = tmp_path_factory.mktemp("killed") / "out"
     agent = torchrun(ROOT / "train.py", *words_of(world, LONG, out))
-    deadline, rows = time.monotonic() + 100, out / "metrics.jsonl"
+    deadline, rows = time.monotonic() + 300, out / "metrics.jsonl"
     while not (rows.exists() and b'"step": 3, "loss"' in rows.read_bytes()):
         assert agent.poll() is None and time.monotonic() < deadline, agent.communicate()
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.5))
     workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(random.choice(workers)), signal.SIGKILL)
-    said = agent.communicate(timeout=100)[1].decode()
+    said = agent.communicate(timeout=300)[1].decode()
     assert agent.returncode
     return out, said
 
@@ -127,9 +127,9 @@ def together(world, killed, tmp_path_factory):
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "worker.py").write_text(WORKER)
     agent = torchrun(folder / "worker.py", folder / "jobs.json", folder)
-    said = agent.communicate(timeout=200)[1].decode()
+    told, said = (stream.decode() for stream in agent.communicate(timeout=600))
     assert agent.returncode == 0, said
-    assert said.count("of one: sft: 100%") <= 1 + said.count("\r"), "one progress bar"
+    assert told.count("saved in") == len(jobs), "one of the processes speaks"
     return folder
 
 
