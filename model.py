@@ -373,8 +373,8 @@ def document_scores(llama, tokens, lengths):
 
     tokens (N,): documents packed one after another, of `lengths`. K is the number of heads: 1, or that of the adapters
     that lora.py has put side by side, each of which computes its own hidden states."""
+    hidden = llama(tokens.expand(len(llama.score.weight), -1), Packed(lengths, tokens.device))       # (K, N, D)
     heads = llama.score.weight.float()                                               # (K, D)
-    hidden = llama(tokens.expand(len(heads), -1), Packed(lengths, tokens.device))    # (K, N, D)
     last = torch.as_tensor(lengths, device=tokens.device).cumsum(0) - 1
     return (hidden[:, last].float() * heads[:, None]).sum(-1)  # a matrix product would be rounded by autocast
 

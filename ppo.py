@@ -39,6 +39,7 @@ import data
 import folders
 import formats
 import losses
+import parallel
 import reward
 import toy
 import train
@@ -554,6 +555,7 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
+    parallel.refuse("ppo.py")
     options, device = read_options(Options, args), device_named(args.device)
     checkpoint.check_folder(args.out, [args.model, *(word for word in args.reward if not word.startswith("toy:"))])
     rewards = Together(args.reward, device)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -211,6 +212,7 @@ class Run:
         else:
             for name in MADE:
                 (self.out / name).unlink(missing_ok=True)
+            self.forget_state()
         self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)  # cut back to what the state knows of
         write_run(self.out, self.about)
 
@@ -316,8 +318,8 @@ class Run:
         return rows
 
     def forget_state(self):
-        for name in ("state.pt", "state.pt.tmp"):  # the latter from a run that was killed while it saved
-            (self.out / name).unlink(missing_ok=True)
+        for left in sorted(self.out.glob("state.pt*")):  # state.pt; then what it names (see parallel.save), or what a
+            shutil.rmtree(left) if left.is_dir() else left.unlink()  # run was killed while it saved
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import checkpoint
 import data
 import files
 import formats
+import parallel
 import train
 from eval import mean_and_interval
 from model import device_named
@@ -49,11 +50,16 @@ def train_principles(base, rows, out, options, device, overwrite=False, about=No
         stage = train.prepare("reward", labels, tokenizer, llama.config, options)
         about_it = {"base": str(base), "principle": folder.name, "device": str(device), **(about or {})}
         train.train(llama, tokenizer, [stage], folder, options, True, overwrite, about_it, progress)
-        if not (folder / "principle.json").exists():
-            scores = Scorers([folder], device).score(*reference_responses(labels))[0]
-            content = {"name": folder.name, "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
-            write_jsonl(folder / "principle.json", [content])
+        parallel.first(write_principle, folder, labels, device)
     return folders
+
+
+def write_principle(folder, labels, device):
+    """principle.json in the folder of a preference model, where it is not there yet."""
+    if not (folder / "principle.json").exists():
+        scores = Scorers([folder], device).score(*reference_responses(labels))[0]
+        content = {"name": folder.name, "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
+        write_jsonl(folder / "principle.json", [content])
 
 
 def reference_responses(rows, most=512):
@@ -344,6 +350,11 @@ def run_train(files, base, out, principles, device, options, overwrite=False):
     rows, device = read_labels(files, principles), device_named(device)
     about = {"files": {path: file_digest(path) for path in files}}
     folders = train_principles(base, rows, out, options, device, overwrite, about)
+    parallel.first(report, folders, rows, out, options, device)
+
+
+def report(folders, rows, out, options, device):
+    """Print how good preference models are on the rows of prompts held out, and write their weights."""
     held_out = [row for row in rows if data.is_held_out(row, options.val_share, options.seed)]
     if held_out:
         scorers = Scorers(folders, device)
@@ -403,7 +414,8 @@ def main():
     args = parser.parse_args()
     if args.command == "train":
         options = read_options(train.Options, args, **TRAINING)
-        run_train(args.files, args.model, args.out, args.principles, args.device, options, args.overwrite)
+        with parallel.processes(args.device) as device:
+            run_train(args.files, args.model, args.out, args.principles, device, options, args.overwrite)
     else:
         run_score(args.files, args.models, args.out, args.device)
 

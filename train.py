@@ -36,10 +36,13 @@ import data
 import folders
 import formats
 import methods
+import parallel
+from adamw import learning_rate, make_optimizer
 from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
+from parallel import trained
 from resume import Run, for_card, read_metrics, read_run
 
 
@@ -69,6 +72,8 @@ class Options:
     merge: bool = option(False, "with --lora-rank: write a whole model instead of an adapter")
     bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass: less memory", free=True)
+    replicate: bool = option(False, "with torchrun: each process holds the whole model, not a slice; faster where it "
+                             "fits", free=True)
     seed: int = option(0, "orders the examples", 0, 2**60)
     # Of some methods alone, which name them in METHODS:
     beta: float = option(0.1, "dpo and its family: how strongly the policy is held to the reference (simpo, which has "
@@ -111,10 +116,13 @@ class Batch:
     gaps: torch.Tensor | None = None           # (P,): by how much the first one's score is higher
     rewards: torch.Tensor | None = None        # (P, K): of ranked answers, from high to low
     ref_logprobs: torch.Tensor | None = None   # (P, 2): of the responses, by the reference
+    spare: bool = False                        # counts for nothing: see batches_of
 
     @property
     def count(self):
         """What a loss is a mean over: pairs, or else targets."""
+        if self.spare:
+            return 0
         return len(self.targets) if self.pairs is None else len(self.pairs)
 
     def by_pair(self, logprobs):
@@ -183,19 +191,40 @@ def draw(pool, step, count, seed):
     return chosen
 
 
+def batches_of(examples, options, device):
+    """Yield the Batches of this process's share of examples, and spare ones until it has as many as any other: in each
+    pass, all processes take part."""
+    shares = parallel.shares(examples, size)
+    yield from pack(shares[parallel.rank()], options.micro_tokens, device)
+    if len(shares) > 1:
+        passes = [len(groups_of(share, options.micro_tokens)) for share in shares]
+        for _ in range(max(passes) - passes[parallel.rank()]):
+            batch = batch_of([min(examples, key=size)], device)
+            batch.spare = True
+            yield batch
+
+
 def pack(examples, micro_tokens, device):
     """Yield Batches of at most micro_tokens tokens (an example that is longer gets its own), lengths alike together."""
-    def size(example):
-        return sum(len(document.ids) for document in example.documents)
-    group, total = [], 0
-    for example in sorted(examples, key=size):
-        if group and total + size(example) > micro_tokens:
-            yield batch_of(group, device)
-            group, total = [], 0
-        group.append(example)
-        total += size(example)
-    if group:
+    for group in groups_of(examples, micro_tokens):
         yield batch_of(group, device)
+
+
+def groups_of(examples, micro_tokens):
+    """The examples of each Batch of `pack`."""
+    groups, total = [], 0
+    for example in sorted(examples, key=size):
+        if not groups or total + size(example) > micro_tokens:
+            groups.append([])
+            total = 0
+        groups[-1].append(example)
+        total += size(example)
+    return groups
+
+
+def size(example):
+    """How many tokens an example has."""
+    return sum(len(document.ids) for document in example.documents)
 
 
 def batch_of(examples, device):
@@ -228,27 +257,30 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
 
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
     was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
+    parallel.check([stage.name for stage in stages if stage.method.batch_mean])
     about = for_card([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options) | (about or {})
-    run = Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite, about, options.log)
+    if parallel.several():
+        about["processes"] = parallel.count()
+    run = parallel.led(lambda: Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
+                                   about, options.log))
     if run.finished:
         return read_metrics(out)
+    parallel.shard(llama, computes_half(parallel.device_of(llama), options), options.replicate)
     llama.checkpoint_activations = options.checkpoint_activations
     for stage in stages:
         if stage.method.reference:  # before the state is loaded: until then, the model is the reference
             add_ref_logprobs(llama, stage.examples + stage.held_out, options, progress)
     state = run.state
     if state:
-        with run.loading():
-            llama.load_state_dict(state.pop("model"), strict=False)  # with LoRA, it holds the adapters alone
+        parallel.restore(run, llama)
     for place, stage in enumerate(stages):
         if state and place < state["stage"]:
             continue
         optimizer = make_optimizer(llama, options)
         first, tokens, spent, total = 0, 0, 0.0, steps_in(stage, options)
         if state and place == state["stage"] and state["step"]:
-            with run.loading():
-                optimizer.load_state_dict(state.pop("optimizer"))
-                first, tokens, spent = state["step"], state["tokens"], state["seconds"]
+            parallel.restore(run, llama, optimizer)
+            first, tokens, spent = state["step"], state["tokens"], state["seconds"]
         began = saved = time.perf_counter()
         with tqdm(total=total, initial=first, desc=f"{run.out.name}: {stage.name}", unit="step",
                   disable=not progress) as bar:
@@ -256,9 +288,10 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                 validate(llama, tokenizer, stage, 0, run, options, progress)
             for step in range(first, total):
                 rate = learning_rate(step, total, options)
-                batches = list(pack(examples_of(stage, step, options), options.micro_tokens, llama.device))
+                examples = examples_of(stage, step, options)
+                batches = list(batches_of(examples, options, llama.device))
                 loss, norm = train_step(llama, optimizer, batches, stage.method, rate, options)
-                tokens += sum(len(batch.tokens) for batch in batches)
+                tokens += sum(map(size, examples))
                 now = time.perf_counter()
                 row = {"stage": stage.name, "step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm,
                        "tokens": tokens, "seconds": round(spent + now - began, 3)}
@@ -271,16 +304,23 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                 bar.update()
                 if (step + 1) % options.val_every == 0 or step + 1 == total:
                     validate(llama, tokenizer, stage, step + 1, run, options, progress)
-                if now - saved > options.save_seconds and step + 1 < total:
-                    run.save(model=trained(llama), optimizer=optimizer.state_dict(), stage=place, step=step + 1,
-                             tokens=tokens, seconds=row["seconds"])
+                waited = parallel.all_of(now - saved)[0]  # by rank 0's clock
+                if waited > options.save_seconds and step + 1 < total:
+                    parallel.save(run, llama, optimizer, stage=place, step=step + 1, tokens=tokens,
+                                  seconds=row["seconds"])
                     saved = time.perf_counter()
         if place + 1 < len(stages):
-            run.save(model=trained(llama), stage=place + 1, step=0)
+            parallel.save(run, llama, stage=place + 1, step=0)
+    parallel.gather(llama)
+    return parallel.first(finish, run, llama, tokenizer, options)
+
+
+def finish(run, llama, tokenizer, options):
+    """Save the model in the run's folder. Gives the rows of metrics."""
     folders.complete(run.out, llama, tokenizer, run.about)
-    checkpoint.save(llama, out)
+    checkpoint.save(llama, run.out)
     if options.merge:
-        checkpoint.merge(out)
+        checkpoint.merge(run.out)
     return run.finish()
 
 
@@ -304,7 +344,7 @@ def train_step(llama, optimizer, batches, method, rate, options):
     """One optimizer step on the batches together, at a learning rate: (mean loss, gradient norm)."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    count, loss = sum(batch.count for batch in batches), 0.0
+    count, loss = parallel.total(sum(batch.count for batch in batches)), 0.0
     for batch in batches:
         part = batch_loss(llama, batch, method, options) / count
         part.backward()
@@ -312,30 +352,34 @@ def train_step(llama, optimizer, batches, method, rate, options):
     norm = torch.nn.utils.clip_grad_norm_(trained(llama).values(), options.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss), float(norm)
+    return parallel.total(float(loss)), float(parallel.whole(norm))
 
 
 def batch_loss(llama, batch, method, options):
     """A method's loss, summed over a batch."""
     with autocast(llama.device, options):
         if method.scorer:
-            return method.loss(document_scores(llama, batch.tokens, batch.lengths)[0], batch, options)
-        return method.loss(token_logprobs(llama, batch.tokens, batch.lengths, batch.targets), batch, options)
+            found = document_scores(llama, batch.tokens, batch.lengths)[0]
+        else:
+            found = token_logprobs(llama, batch.tokens, batch.lengths, batch.targets)
+        loss = method.loss(found, batch, options)
+    return 0 * loss if batch.spare else loss
 
 
 @torch.no_grad()
 def add_ref_logprobs(llama, examples, options, progress):
     """Give each pair the log-probabilities of its responses under llama as it is now, the reference. Once, because they
     never change; so training needs no second model in memory."""
-    examples = sorted(examples, key=lambda example: sum(len(document.ids) for document in example.documents))
-    waiting = iter(examples)
-    with tqdm(total=len(examples), desc="reference", unit="pair", disable=not progress) as bar:
-        for batch in pack(examples, options.micro_tokens, llama.device):
+    shares, found = parallel.shares(examples, size), []
+    with tqdm(total=len(shares[parallel.rank()]), desc="reference", unit="pair", disable=not progress) as bar:
+        for batch in batches_of(examples, options, llama.device):
             with autocast(llama.device, options):
                 logprobs = token_logprobs(llama, batch.tokens, batch.lengths, batch.targets)
-            for pair in batch.by_pair(logprobs).tolist():
-                next(waiting).ref_logprobs = pair
+            found += batch.by_pair(logprobs).tolist()
             bar.update(batch.count)
+    for share, pairs in zip(shares, parallel.all_of(found)):
+        for example, pair in zip(sorted(share, key=size), pairs):  # the order of `pack`; a spare one's is left over
+            example.ref_logprobs = pair
 
 
 @torch.no_grad()
@@ -344,10 +388,10 @@ def validate(llama, tokenizer, stage, step, run, options, progress=True):
     if not stage.held_out:
         return
     loss, count = 0.0, 0
-    for batch in pack(stage.held_out, options.micro_tokens, llama.device):
+    for batch in batches_of(stage.held_out, options, llama.device):
         loss += float(batch_loss(llama, batch, stage.method, options))
         count += batch.count
-    row = {"stage": stage.name, "step": step, "val_loss": loss / count}
+    row = {"stage": stage.name, "step": step, "val_loss": parallel.total(loss) / parallel.total(count)}
     if options.samples and not stage.method.scorer:
         row["samples"] = write_samples(llama, tokenizer, stage, options)
         if progress:
@@ -376,11 +420,6 @@ def write_samples(llama, tokenizer, stage, options):
             for ids, new in zip(prompts, texts)]
 
 
-def trained(llama):
-    """What is trained, by name: all parameters, but for LoRA."""
-    return {name: parameter for name, parameter in llama.named_parameters() if parameter.requires_grad}
-
-
 def plan(stages):
     """What is trained on, as a checksum per pool of examples: a resumed run must find the same."""
     def checksum(pool):
@@ -396,59 +435,13 @@ def plan(stages):
 # What a step needs
 
 
-def make_optimizer(llama, options):
-    """AdamW, decay on matrices only, the update fused into one kernel; or with its moments in bf16."""
-    parameters = trained(llama).values()
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    if options.bf16_moments:
-        return LeanAdamW(groups, lr=options.lr)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
-
-
-class LeanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with both moments in bf16, rounded up or down at random: rounded
-    to the nearest, an average that changes by less than 0.4 % a step would never change."""
-
-    def __init__(self, groups, lr, betas=(0.9, 0.95), eps=1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
-
-    @torch.no_grad()
-    def step(self):
-        weights = [(group, weight) for group in self.param_groups for weight in group["params"]
-                   if weight.grad is not None]
-        for place, (group, weight) in enumerate(weights):
-            state, gradient, (beta1, beta2) = self.state[weight], weight.grad.float(), group["betas"]
-            steps = state["step"] = state.get("step", 0) + 1
-            mean = state["mean"].float() if steps > 1 else torch.zeros_like(gradient)
-            square = state["square"].float() if steps > 1 else torch.zeros_like(gradient)
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            generator = torch.Generator(weight.device).manual_seed(steps * 1_000_003 + place)
-            state["mean"], state["square"] = (rounded_at_random(x, generator) for x in (mean, square))
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            spread = (square / (1 - beta2 ** steps)).sqrt_().add_(group["eps"])
-            weight.addcdiv_(mean, spread, value=-group["lr"] / (1 - beta1 ** steps))
-
-
-def rounded_at_random(x, generator):
-    """fp32 to bf16, up or down with the chances that make the mean exact: noise is added to the bits that are cut."""
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-def learning_rate(step, total, options):
-    """Linear warm-up over a share of the steps, then a cosine to zero."""
-    rising = max(1, math.ceil(options.warmup * total))
-    if step < rising:
-        return options.lr * (step + 1) / rising
-    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
 def autocast(device, options):
     """bf16 arithmetic over fp32 weights, where options.precision and the device say so."""
-    wanted = computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_half(device, options))
+
+
+def computes_half(device, options):
+    return computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
 
 
 def memory(device):
@@ -462,25 +455,26 @@ def memory(device):
 def start_from(folder, name, device, options):
     """The model in a folder, with a scalar head for a method that scores and with LoRA where it is wanted; for
     pretrain, one from scratch where the folder has a configuration alone."""
+    place = parallel.place_to_load(device)
     weights = [path for ending in ("safetensors", "bin", "index.json") for path in Path(folder).glob(f"*.{ending}")]
     if name == "pretrain" and not weights and (Path(folder) / "config.json").exists():
         if options.lora_rank:
             raise UserError(f"{folder}: holds no weights to adapt; leave --lora-rank out to train all from scratch")
-        return Llama(checkpoint.read_config(Path(folder) / "config.json"), options.seed).to(device)
+        return Llama(checkpoint.read_config(Path(folder) / "config.json"), options.seed).to(place)
     scorer = name in METHODS and METHODS[name].scorer
     if not options.lora_rank:
-        return checkpoint.load(folder, device=device, scorer=scorer)
+        return checkpoint.load(folder, device=place, scorer=scorer)
     if checkpoint.is_adapter(folder):
         raise UserError(f"{folder}: is an adapter itself; merge it into its base first (--merge when it is trained)")
     half = device.type == "cuda" and computes_bf16(device) and options.precision != "fp32"
     frozen = torch.bfloat16 if half else torch.float32
-    return add_lora(checkpoint.load(folder, frozen, device, scorer), options.lora_rank, folder, seed=options.seed)
+    return add_lora(checkpoint.load(folder, frozen, place, scorer), options.lora_rank, folder, seed=options.seed)
 
 
 def load_tokenizer(folder, llama, options, out=None):
     """The tokenizer in a model's folder, behind its chat template where options say so; llama.config is told what ends
     an answer then. out: the folder of the run, where it goes on."""
-    began = read_run(out).get("began") if out else None
+    began = parallel.first(read_run, out).get("began") if out else None
     tokenizer = checkpoint.load_tokenizer(folder, llama)
     return chat.with_template(tokenizer, folder, llama.config, options.chat_template, began)
 
@@ -526,7 +520,12 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
-    options, device = read_options(Options, args), device_named(args.device)
+    with parallel.processes(args.device) as device:
+        run(args, read_options(Options, args), device_named(device))
+
+
+def run(args, options, device):
+    """The stages that the command line asks for, from files to the saved model."""
     checkpoint.check_folder(args.out, [args.model])
     llama = start_from(args.model, args.names[0], device, options)
     tokenizer = load_tokenizer(args.model, llama, options, None if args.overwrite else args.out)

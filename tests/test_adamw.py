@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import adamw
 import resume
 import toy
 import train
@@ -14,7 +15,7 @@ from train import Options, Stage
 
 def test_random_rounding_goes_to_the_two_neighbours_and_keeps_the_mean():
     x = torch.tensor([1.0, 1.001, -3.1415, 1e-20, 0.0]).repeat(20_000, 1)
-    rounded = train.rounded_at_random(x.contiguous(), torch.Generator().manual_seed(0))
+    rounded = adamw.rounded_at_random(x.contiguous(), torch.Generator().manual_seed(0))
     assert rounded.dtype == torch.bfloat16 and (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
     for column, value in zip(rounded.float().T, x[0].tolist()):
         assert len(column.unique()) <= 2
@@ -46,7 +47,7 @@ def test_lean_adamw_is_adamw_but_for_the_rounding(monkeypatch):
     torch.testing.assert_close(lean, expected, rtol=0.02, atol=0.005)
     state = next(iter(optimizer.state.values()))
     assert sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor)) == 4 * 32
-    monkeypatch.setattr(train, "rounded_at_random", lambda x, generator: x)
+    monkeypatch.setattr(adamw, "rounded_at_random", lambda x, generator: x)
     torch.testing.assert_close(weights(ours)[0], expected, rtol=1e-5, atol=1e-6)
 
 
