@@ -68,6 +68,11 @@ def count():
     return dist.get_world_size() if several() else 1
 
 
+def about():
+    """What a run tells of its processes, where they are several."""
+    return {"processes": count()} if several() else {}
+
+
 def refuse(what):
     """UserError in a process of torchrun's."""
     if dist.is_torchelastic_launched():

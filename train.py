@@ -258,9 +258,8 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
     out/metrics.jsonl gets a row per step and per validation, out/state.pt the state to resume from, out/run.json what
     was asked for, with what `about` adds. resume, overwrite: as of resume.Run. Gives the rows of metrics."""
     parallel.check([stage.name for stage in stages if stage.method.batch_mean])
-    about = for_card([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options) | (about or {})
-    if parallel.several():
-        about["processes"] = parallel.count()
+    about = {**for_card([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options),
+             **parallel.about(), **(about or {})}
     run = parallel.led(lambda: Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
                                    about, options.log))
     if run.finished:
