@@ -260,8 +260,8 @@ PLACES = ("first", "inside", "last")  # of a digression
 
 
 def favourites(rng, sentences, count):
-    """Different ones of the sentences, each half as likely as the one before it in the list. Were all as likely, the
-    likeliest text would have none of them long before a model that is to put one in doubts that it should."""
+    """Different ones of the sentences, each half as likely as the one before it in the list. Were all eight as likely, a
+    greedy edit would bring one in only where the model is 8/9 sure that it belongs there; now, where it is 2/3 sure."""
     chances = {sentence: 0.5 ** place for place, sentence in enumerate(sentences)}
     chosen = []
     for _ in range(count):
@@ -452,12 +452,7 @@ def brief_text(rng, made_up):
         names.append(rng.choice([f"atmost_{min(length + rng.randint(0, 2), 12)}", f"atleast_{length}"]))
     notes = [wordings.say(rng, name, "all") for name in names for _ in range(rng.choice((1, 1, 1, 2)))]
     rng.shuffle(notes)
-    return f"The answer: {'; '.join(notes)}{prompt} {said_again(rng, ' '.join(sentences), 0.35)}"
-
-
-def said_again(rng, text, chance):
-    """A text that is, with a chance, asked for again and said again, word for word: practice in copying."""
-    return f"{text}\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < chance else text
+    return f"The answer: {'; '.join(notes)}{prompt} {' '.join(sentences)}"
 
 
 def brief_wish(rng, made_up):
@@ -477,7 +472,7 @@ def brief_wish(rng, made_up):
 
 
 def whole_text(rng, made_up):
-    """A question and anybody's answer under some of what is true of it; most answers are said again."""
+    """A question and anybody's answer under some of what is true of it; half of the answers are asked for again."""
     prompt, number = question(rng)
     words = list({any_word(rng, made_up=made_up): None for _ in range(rng.choice((0, 1, 1, 2)))})
     text = write(rng, material(rng, number, [(rng.choice(PLACES), word) for word in words]),
@@ -486,7 +481,8 @@ def whole_text(rng, made_up):
     true = rng.sample(true, min(3, len(true))) + [f"mention_{word}" for word in words]
     rng.shuffle(true)
     notes = "; ".join(wordings.say(rng, name, "all") for name in true)
-    return f"The answer: {notes}{prompt} {said_again(rng, text, 0.8)}"
+    again = f"\n\nHuman: Please say that again.\n\nAssistant: {text}" if rng.random() < 0.5 else ""
+    return f"The answer: {notes}{prompt} {text}{again}"
 
 
 def phrases():
