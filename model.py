@@ -82,6 +82,31 @@ def rope_type(scaling):
 # The network
 
 
+def normalise(x, weight, eps):
+    """RMSNorm of x (..., D) in fp32, and by what x was multiplied (..., 1)."""
+    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    factor = factor.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (x * factor).mul_(weight), factor
+
+
+class Normalise(torch.autograd.Function):
+    """`normalise` with its gradient written out, in half as many passes over memory as autograd takes."""
+
+    @staticmethod
+    def forward(context, x, weight, eps):
+        y, factor = normalise(x, weight, eps)
+        context.save_for_backward(x, weight, factor)
+        return y
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight, factor = context.saved_tensors
+        along = gradient * x                                                         # (..., D)
+        shrink = (along @ weight.float())[..., None] * factor ** 3 / x.size(-1)
+        of_weight = factor.flatten() @ along.flatten(0, -2)
+        return (gradient * weight).mul_(factor).addcmul_(x, shrink, value=-1), of_weight, None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -89,9 +114,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y.to(x.dtype)).to(compute_dtype(x))  # rounded once, not by each projection that reads it
+        y = Normalise.apply(x, self.weight, self.eps)
+        return y.to(compute_dtype(x))  # rounded once, not by each projection that reads it
 
 
 def compute_dtype(x):
@@ -117,16 +141,23 @@ def rope_frequencies(config):
     return frequencies
 
 
+def turns(frequencies, positions, dtype):
+    """cos and sin (B, T, 1, E) for `rotate` at positions (B, T), the first half of the sines negative."""
+    angles = positions[..., None, None].float() * frequencies                        # (B, T, 1, E/2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2. The
+    first half of sin is negative, as `turns` makes it."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.heads = config.head_dim, (config.num_attention_heads, config.num_key_value_heads)
         inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         biases = config.attention_bias or config.model_type == "qwen2"
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=biases)
@@ -134,8 +165,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         norms = config.model_type == "qwen3"  # of each head's query and key
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else None
 
     @torch.no_grad()
     def mimic(self):
@@ -149,11 +180,16 @@ class Attention(nn.Module):
         self.o_proj.weight.copy_(0.3 * values.flatten(0, 1).T)
 
     def forward(self, x, cos, sin, attend, layer):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)                # (B, T, H, E)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)                # (B, T, G, E)
-        v = self.v_proj(x).view(heads)
+        turned, v = (part.unflatten(2, (-1, self.head_dim)) for part in self.project(x))
+        if self.q_norm:
+            q, k = turned.split(self.heads, 2)
+            turned = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
+        q, k = rotate(turned, cos, sin).split(self.heads, 2)                         # (B, T, H, E), (B, T, G, E)
         return self.o_proj(attend(layer, q, k, v).flatten(2))                        # (B, T, D)
+
+    def project(self, x):
+        """Queries and keys beside each other (B, T, (H + G) * E), and values (B, T, G * E)."""
+        return torch.cat((self.q_proj(x), self.k_proj(x)), -1), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -165,7 +201,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -232,9 +272,7 @@ class Llama(nn.Module):
         attend = attend or Causal(tokens)
         x = self.model.embed_tokens(tokens)                                          # (B, T, D)
         self.frequencies = self.frequencies.to(x.device)
-        angles = attend.positions[..., None].float() * self.frequencies              # (B, T, E/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]                     # (B, T, 1, E)
-        cos, sin = angles.cos().to(compute_dtype(x)), angles.sin().to(compute_dtype(x))
+        cos, sin = getattr(attend, "turns", None) or turns(self.frequencies, attend.positions, compute_dtype(x))
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, attend, layer, use_reentrant=False)
@@ -264,7 +302,7 @@ def causal_attention(q, k, v):
     CPU in bf16 and for up to 1,024 tokens, the definition is written out, because PyTorch's kernel trains slowly there.
     The H/G query heads that share keys are rows of one matrix product with them, so that no keys are copied."""
     (rows, tokens, heads, size), sharing = q.shape, q.size(2) // k.size(2)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024 or not torch.is_grad_enabled():
         return sdpa(q, k, v, is_causal=True)
     k, v = (x.transpose(1, 2).reshape(-1, tokens, size) for x in (k, v))             # (R * G, T, E)
     q = q.transpose(1, 2).reshape(len(k), -1, size)                                  # (R * G, H/G * T, E)
@@ -297,24 +335,24 @@ class Packed:
 
     def __call__(self, layer, q, k, v):
         y = []
-        for start, end, places, shape in self.groups:
-            rows = [as_rows(x[:, start:end], places, shape) for x in (q, k, v)]
+        sizes = [len(places) for places, _ in self.groups]
+        for (places, shape), *parts in zip(self.groups, *(x.split(sizes, 1) for x in (q, k, v))):
+            rows = [as_rows(part, places, shape) for part in parts]
             y.append(as_one(causal_attention(*rows), places, len(q)))
         return y[0] if len(y) == 1 else torch.cat(y, dim=1)
 
 
 def groups_of(lengths, device):
-    """Which neighbouring documents attention takes together, those whose rounded lengths are equal: [(first token, end,
+    """Which neighbouring documents attention takes together, those whose rounded lengths are equal: [(their tokens'
     places in the padded rows, (R, T)), ...]. Rounded, because a CPU builds a kernel for each new shape."""
     wide = [-(-length // 64) * 64 if length > 64 else -(-length // 16) * 16 for length in lengths]
-    groups, start, first = [], 0, 0
+    groups, first = [], 0
     for last in range(1, len(lengths) + 1):
         if last == len(lengths) or wide[last] != wide[first]:
-            end = start + sum(lengths[first:last])
             document, position = places_of(lengths[first:last])
             places = (document * wide[first] + position).to(device)
-            groups.append((start, end, places, (last - first, wide[first])))
-            start, first = end, last
+            groups.append((places, (last - first, wide[first])))
+            first = last
     return groups
 
 
