@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
-from model import (Packed, as_one, as_rows, compute_dtype, computes_bf16, places_of, rope_frequencies, turns,
-                   uniforms)
+from model import Packed, as_one, as_rows, compute_dtype, computes_bf16, places_of, sdpa, uniforms
 
 
 def generate(llama, prompts, max_new_tokens, **options):
@@ -110,7 +109,6 @@ class Cache:
     def __init__(self, config, rows, dtype, device):
         shape = config.num_hidden_layers, 2, rows, config.num_key_value_heads, 0, config.head_dim
         self.block, self.lengths = torch.zeros(shape, dtype=dtype, device=device), [0] * rows
-        self.frequencies = rope_frequencies(config).to(device)
 
     def move(self, source, target):
         """Copy row `source` over row `target` (a finished row's place is taken by the last one)."""
@@ -127,15 +125,10 @@ class Cache:
         self.lengths[first:first + len(counts)] = map(sum, zip(before, counts))
         self.longest = max(positions) + 1
         if self.longest > self.block.size(4):
-            self.grow(-(-self.longest // 64) * 64)
-        self.turns = self.angles[0][:, self.positions[0]], self.angles[1][:, self.positions[0]]
+            self.block = F.pad(self.block, (0, 0, 0, -(-self.longest // 64) * 64 - self.block.size(4)))
         self.packed = Packed(counts, device) if not any(before) else None
         self.grids = [] if self.packed else self.grids_of(torch.tensor(before), torch.tensor(counts))
         return self
-
-    def grow(self, room):
-        self.block = F.pad(self.block, (0, 0, 0, room - self.block.size(4)))
-        self.angles = turns(self.frequencies, torch.arange(room, device=self.block.device)[None], self.block.dtype)
 
     def grids_of(self, before, counts):
         """On which padded grids new tokens attend: where few rows have several of them, all rows' first ones, and then
@@ -168,20 +161,12 @@ class Cache:
             return self.packed(layer, q, k, v)
         y = torch.empty_like(q)                                                      # (1, N, H, E)
         for rows, tokens, places, shape, hide in self.grids:
-            keys, values = self.block[layer][:, rows, :, :self.longest]              # (R, G, L, E) each
+            k, v = self.block[layer][:, rows, :, :self.longest].transpose(2, 3)      # (R, L, G, E) each
             if tokens is None:  # the only grid
-                return cached_attention(q.view(*shape, *q.shape[2:]), keys, values, hide).reshape(q.shape)
-            asking = as_rows(q[:, tokens], places, shape).to(keys.dtype)             # (R, C, H, E)
-            y[:, tokens] = as_one(cached_attention(asking, keys, values, hide), places, 1).to(y.dtype)
+                return sdpa(q.view(*shape, *q.shape[2:]), k, v, attn_mask=hide).reshape(q.shape)
+            asking = as_rows(q[:, tokens], places, shape).to(k.dtype)                # (R, C, H, E)
+            y[:, tokens] = as_one(sdpa(asking, k, v, attn_mask=hide), places, 1).to(y.dtype)
         return y
-
-
-def cached_attention(q, k, v, hide):
-    """Attention of new tokens q (R, C, H, E) to k, v (R, G, L, E), what is hidden being -inf in hide (R, 1, C, L);
-    gives (R, C, H, E)."""
-    q = q.transpose(1, 2)                                                            # (R, H, C, E)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=hide, enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
 
 
 class Joined(nn.Module):

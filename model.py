@@ -82,31 +82,6 @@ def rope_type(scaling):
 # The network
 
 
-def normalise(x, weight, eps):
-    """RMSNorm of x (..., D) in fp32, and by what x was multiplied (..., 1)."""
-    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    factor = factor.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-    return (x * factor).mul_(weight), factor
-
-
-class Normalise(torch.autograd.Function):
-    """`normalise` with its gradient written out, in half as many passes over memory as autograd takes."""
-
-    @staticmethod
-    def forward(context, x, weight, eps):
-        y, factor = normalise(x, weight, eps)
-        context.save_for_backward(x, weight, factor)
-        return y
-
-    @staticmethod
-    def backward(context, gradient):
-        x, weight, factor = context.saved_tensors
-        along = gradient * x                                                         # (..., D)
-        shrink = (along @ weight.float())[..., None] * factor ** 3 / x.size(-1)
-        of_weight = factor.flatten() @ along.flatten(0, -2)
-        return (gradient * weight).mul_(factor).addcmul_(x, shrink, value=-1), of_weight, None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -114,7 +89,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = Normalise.apply(x, self.weight, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return y.to(compute_dtype(x))  # rounded once, not by each projection that reads it
 
 
@@ -141,16 +116,9 @@ def rope_frequencies(config):
     return frequencies
 
 
-def turns(frequencies, positions, dtype):
-    """cos and sin (B, T, 1, E) for `rotate` at positions (B, T), the first half of the sines negative."""
-    angles = positions[..., None, None].float() * frequencies                        # (B, T, 1, E/2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2. The
-    first half of sin is negative, as `turns` makes it."""
+    first half of sin is negative, as Llama.forward makes it."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -164,9 +132,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        norms = config.model_type == "qwen3"  # of each head's query and key
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else None
+        norms = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))  # of each head's query and key
+        self.q_norm, self.k_norm = norms if config.model_type == "qwen3" else (None, None)
 
     @torch.no_grad()
     def mimic(self):
@@ -272,7 +239,9 @@ class Llama(nn.Module):
         attend = attend or Causal(tokens)
         x = self.model.embed_tokens(tokens)                                          # (B, T, D)
         self.frequencies = self.frequencies.to(x.device)
-        cos, sin = getattr(attend, "turns", None) or turns(self.frequencies, attend.positions, compute_dtype(x))
+        angles = attend.positions[..., None, None].float() * self.frequencies        # (B, T, 1, E/2)
+        cos, sin = angles.cos().to(compute_dtype(x)), angles.sin().to(compute_dtype(x))
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)     # (B, T, 1, E)
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, attend, layer, use_reentrant=False)
