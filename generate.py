@@ -7,6 +7,8 @@ edit mostly does, several tokens are looked up there and verified in one pass (`
 Shapes: N new tokens of all rows, one row's after another's; R rows; C new tokens of one row, at most; L cached ones; V
 vocabulary, H query heads, G key/value heads, E head_dim.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -126,7 +128,7 @@ class Cache:
         self.longest = max(positions) + 1
         if self.longest > self.block.size(4):
             self.block = F.pad(self.block, (0, 0, 0, -(-self.longest // 64) * 64 - self.block.size(4)))
-        self.packed = Packed(counts, device) if not any(before) else None
+        self.packed = Packed(counts, device, partial(sdpa, is_causal=True)) if not any(before) else None
         self.grids = [] if self.packed else self.grids_of(torch.tensor(before), torch.tensor(counts))
         return self
 
@@ -175,9 +177,8 @@ class Joined(nn.Module):
 
     def __init__(self, linears, packed):
         super().__init__()
-        self.weight, self.bias, self.packed = torch.cat([linear.weight for linear in linears]), None, packed
-        if linears[0].bias is not None:
-            self.bias = torch.cat([linear.bias for linear in linears])
+        self.weight, self.packed = torch.cat([linear.weight for linear in linears]), packed
+        self.bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
         if packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
@@ -196,8 +197,7 @@ def prepack(llama):
     bf16 model on a CPU, each packed. It writes the same; it cannot be trained or saved any more."""
     packed = (llama.device.type == "cpu" and llama.lm_head.weight.dtype == torch.bfloat16 and computes_bf16("cpu")
               and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
-    for block in llama.model.layers:
-        attention, mlp = block.self_attn, block.mlp
+    for attention, mlp in ((block.self_attn, block.mlp) for block in llama.model.layers):
         q, k, v, gate, up = attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
         attention.project = Joined([q, k, v], packed).in_parts(q.out_features + k.out_features, v.out_features)
         mlp.project = Joined([gate, up], packed).in_parts(gate.out_features, up.out_features)
@@ -215,7 +215,7 @@ def prepack(llama):
 
 class Acceptance:
     """What is known of a model's copying, over all its texts: how many tokens it has written, how many of them had been
-    looked up, and {token: (times copying went on after it, times tried)}."""
+    looked up, and {token, or ("alone", token): (times copying went on after it, times tried)}."""
 
     def __init__(self):
         self.written, self.accepted, self.after = 0, 0, {}

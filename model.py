@@ -271,7 +271,7 @@ def causal_attention(q, k, v):
     CPU in bf16 and for up to 1,024 tokens, the definition is written out, because PyTorch's kernel trains slowly there.
     The H/G query heads that share keys are rows of one matrix product with them, so that no keys are copied."""
     (rows, tokens, heads, size), sharing = q.shape, q.size(2) // k.size(2)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024 or not torch.is_grad_enabled():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > 1024:
         return sdpa(q, k, v, is_causal=True)
     k, v = (x.transpose(1, 2).reshape(-1, tokens, size) for x in (k, v))             # (R * G, T, E)
     q = q.transpose(1, 2).reshape(len(k), -1, size)                                  # (R * G, H/G * T, E)
@@ -297,8 +297,8 @@ class Packed:
     no padding anywhere but inside the attention itself, where documents of like length stand as rows of their own,
     padded on the right. Causality hides that padding, so no mask is needed and the fast kernels apply."""
 
-    def __init__(self, lengths, device):
-        self.lengths = torch.as_tensor(lengths).tolist()
+    def __init__(self, lengths, device, attention=causal_attention):
+        self.lengths, self.attention = torch.as_tensor(lengths).tolist(), attention
         self.positions = places_of(self.lengths)[1][None].to(device)
         self.groups = groups_of(self.lengths, device)
 
@@ -307,7 +307,7 @@ class Packed:
         sizes = [len(places) for places, _ in self.groups]
         for (places, shape), *parts in zip(self.groups, *(x.split(sizes, 1) for x in (q, k, v))):
             rows = [as_rows(part, places, shape) for part in parts]
-            y.append(as_one(causal_attention(*rows), places, len(q)))
+            y.append(as_one(self.attention(*rows), places, len(q)))
         return y[0] if len(y) == 1 else torch.cat(y, dim=1)
 
 
