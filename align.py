@@ -153,13 +153,6 @@ def answers_of(policy, items, max_new_tokens=1024, temperature=0.0, batch=32, se
     yield from enumerate(in_parallel(ask, items, 8))
 
 
-def policy_answers(items, policy, policy_model="default", cache=None, device=None, max_new_tokens=1024, temperature=0.0,
-                   batch=32, seed=0, chat_template="auto"):
-    """As answers_of, by a policy that is opened for it."""
-    with opened(policy, policy_model, cache, device, chat_template) as policy:
-        yield from answers_of(policy, items, max_new_tokens, temperature, batch, seed)
-
-
 def written_answers(writer, items, max_new_tokens, temperature, batch, seed):
     """As answers_of, by a Writer."""
     new_tokens = writer.room(max_new_tokens)

@@ -72,6 +72,7 @@ PREFERRING = {"bf16, 1 at a time": dict(LIKE_OURS, bf16=True), "fp32, 1 at a tim
               "bf16, reference in each step": dict(bf16=True, precompute=False, together=1)}
 WRITING = {"batch 16": dict(batch=16), "batch 64": dict(batch=64), "one by one": dict(batch=1),
            "one by one, prompt lookup": dict(batch=1, lookup=DRAFT)}  # transformers' generation
+ONE_BY_ONE = [words for words, way in WRITING.items() if way["batch"] == 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -411,12 +412,15 @@ def bench_align(folder, device, peer, aligner, answers, count):
 
 
 def check_same(what, where, device, peer, prompts):
-    """In fp32, both write the same: on a line of its own, how many texts are equal token for token."""
+    """In fp32, both write the same: on a line of its own, how many texts are equal token for token, whether the peer
+    guesses or not."""
     job = dict(prompts=prompts, dtype="float32", passes=1)
-    if peer and (theirs := measure("align_transformers", where, device, peer, batch=1, **job)):
-        ours = measure("align_ours", where, device, batch=len(prompts), draft=DRAFT, **job)
-        same = sum(a == b for a, b in zip(ours["written"], theirs["written"], strict=True))
-        print_line(f"{what}, fp32, the same text", same, len(prompts))
+    theirs = {words: run for words in ONE_BY_ONE if peer and (
+        run := measure("align_transformers", where, device, peer, **WRITING[words], **job))}
+    ours = measure("align_ours", where, device, batch=len(prompts), draft=DRAFT, **job) if theirs else None
+    for words, run in theirs.items():
+        same = sum(a == b for a, b in zip(ours["written"], run["written"], strict=True))
+        print_line(f"{what}, fp32, the same text", same, len(prompts), words)
 
 
 def bench_copy(folder, device, peer, aligner):
@@ -441,7 +445,7 @@ def bench_copy(folder, device, peer, aligner):
         ours = {draft: partial(edits, where, chosen[:16], 1, draft, 3) for draft in (DRAFT, 0)}
         theirs = {words: partial(measure, "align_transformers", where, device, peer, prompts=chosen[:16], passes=3,
                                  dtype=dtype_of(device), **WRITING[words])
-                  for words in ("one by one", "one by one, prompt lookup") if peer}
+                  for words in ONE_BY_ONE if peer}
         compare(f"copy: {label}, one sequence, new tokens/s", pace, {"": ours[DRAFT]}, theirs, told)
         compare(f"copy: {label}, one sequence, without copying", pace, {"": ours[0]},
                 {words: run for words, run in theirs.items() if "lookup" not in words}, told)
@@ -520,7 +524,7 @@ def arguments(argv=None):
     add("--tokenizer", metavar="FILE", help="the tokenizer.json for --pairs (default: that of --model)")
     add("--answers", metavar="FILE", help="answers to edit, as align.py reads them (default: the embedded world's)")
     add("--steps", type=number(int, 1), default=4, metavar="N", help="training steps that are timed (default 4)")
-    add("--count", type=number(int, 1), default=64, metavar="N", help="answers to edit (default 64)")
+    add("--count", type=number(int, 1), default=256, metavar="N", help="answers to edit (default 256)")
     add("--out", metavar="FILE", help="where the table is kept as JSON too, line by line (gpu: runs/gpu.json)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import chat
 import formats
 import toy
-from align import fingerprint, is_url, policy_answers
+from align import answers_of, fingerprint, is_url, opened
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
 from eval import JUDGE_PROMPT, POINTS, endpoint_judge
 from objectives import OBJECTIVES, PRINCIPLES, find_objectives
@@ -57,15 +57,15 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
     check_out(cache, files)
 
     def answers(items, seed):
-        return policy_answers(items, policy, policy_model, cache, device, sampling.max_new_tokens, sampling.temperature,
-                              sampling.batch, seed=seed, chat_template=sampling.chat_template)
+        with opened(policy, policy_model, cache, device, sampling.chat_template) as who:
+            yield from answers_of(who, items, sampling.max_new_tokens, sampling.temperature, sampling.batch, seed)
     write_answers(files, out, limit, sampling, policy, [fingerprint(policy, sampling.chat_template), policy_model],
                   answers)
 
 
 def write_answers(files, out, limit, sampling, policy, answered_by, answers):
     """run_answer of any policy, whose name is policy, and all that decides what it says answered_by. answers(items
-    {"index", "prompt"}, seed): yields (place, answer), as align.policy_answers does."""
+    {"index", "prompt"}, seed): yields (place, answer), as align.answers_of does."""
     check_out(out, files)
     rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]

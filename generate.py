@@ -7,13 +7,14 @@ edit mostly does, several tokens are looked up there and verified in one pass (`
 Shapes: N new tokens of all rows, one row's after another's; R rows; C new tokens of one row, at most; L cached ones; V
 vocabulary, H query heads, G key/value heads, E head_dim.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
-from lora import projections, replace
-from model import Packed, as_one, as_rows, compute_dtype, computes_bf16, places_of, uniforms
+from model import Packed, as_one, as_rows, compute_dtype, computes_bf16, places_of, sdpa, uniforms
 
 
 def generate(llama, prompts, max_new_tokens, **options):
@@ -119,76 +120,93 @@ class Cache:
 
     def append(self, counts, first=0):
         """Prepare for counts[r] further tokens of row first + r, one row's after another's."""
-        rows, device = slice(first, first + len(counts)), self.block.device
-        before, counts = torch.tensor(self.lengths[rows]), torch.tensor(counts)
-        row, offset = places_of(counts)                                              # (N,)
-        positions, most = before[row] + offset, int(counts.max())
-        self.lengths[rows] = (before + counts).tolist()
-        self.room = -(-(int(positions.max()) + 1) // 64) * 64
-        if self.room > self.block.size(4):
-            self.block = F.pad(self.block, (0, 0, 0, self.room - self.block.size(4)))
-        self.rows, self.positions = (first + row).to(device), positions[None].to(device)
-        self.packed, self.grids = Packed(counts, device) if not before.any() else None, []
-        if not self.packed:  # where few rows have several new tokens, all rows' first ones, and then those of these few
-            parts = [(0, most)] if 2 * len(row) > most * len(before) else [(0, 1), (1, most)]
-            self.grids = [self.grid(before, row, offset, *part) for part in parts]
+        device, before = self.block.device, self.lengths[first:first + len(counts)]
+        rows = [row for row, count in enumerate(counts, first) for _ in range(count)]
+        positions = [length + i for length, count in zip(before, counts) for i in range(count)]
+        self.rows, self.positions = torch.tensor([rows, positions], device=device).split(1)          # (1, N) each
+        self.lengths[first:first + len(counts)] = map(sum, zip(before, counts))
+        self.longest = max(positions) + 1
+        if self.longest > self.block.size(4):
+            self.block = F.pad(self.block, (0, 0, 0, -(-self.longest // 64) * 64 - self.block.size(4)))
+        self.packed = Packed(counts, device, partial(sdpa, is_causal=True)) if not any(before) else None
+        self.grids = [] if self.packed else self.grids_of(torch.tensor(before), torch.tensor(counts))
         return self
+
+    def grids_of(self, before, counts):
+        """On which padded grids new tokens attend: where few rows have several of them, all rows' first ones, and then
+        those of these few; else on one, which they fill as they are where each row has as many."""
+        row, offset = places_of(counts)
+        most = int(counts.max())
+        if len(row) == most * len(counts):
+            return [(slice(len(counts)), None, None, (len(counts), most), self.hidden(before, 0, most))]
+        parts = [(0, most)] if 2 * len(row) > most * len(counts) else [(0, 1), (1, most)]
+        return [self.grid(before, row, offset, *part) for part in parts]
 
     def grid(self, before, row, offset, start, end):
         """New tokens `start` to `end` of each row that has so many, on a padded grid (R, C): (these rows, which of the
-        N tokens, their places on the grid, its shape, what is hidden from them (R, 1, C, L))."""
+        N tokens, their places on the grid, its shape, what is hidden from them)."""
         device, tokens = self.block.device, ((offset >= start) & (offset < end)).nonzero()[:, 0]
         rows, number = row[tokens].unique(return_inverse=True)
         places = number * (end - start) + offset[tokens] - start
-        seen = (before[rows, None] + torch.arange(start, end)).to(device)            # (R, C): the last one it sees
-        hidden = torch.arange(self.room, device=device) > seen[:, None, :, None]
-        hide = torch.zeros(hidden.shape, dtype=self.block.dtype, device=device).masked_fill(hidden, float("-inf"))
+        shape, hide = (len(rows), end - start), self.hidden(before[rows], start, end)
         which = slice(len(rows)) if len(rows) == len(before) else rows.to(device)    # a slice copies no keys
-        return which, tokens.to(device), places.to(device), (len(rows), end - start), hide
+        return which, tokens.to(device), places.to(device), shape, hide
+
+    def hidden(self, before, start, end):
+        """-inf where a row's new token from `start` to `end` does not see a cached one, else 0: (R, 1, C, L)."""
+        seen = (before[:, None, None, None] + torch.arange(start, end)[:, None]).to(self.block.device)  # (R, 1, C, 1)
+        unseen = torch.arange(self.longest, device=self.block.device) > seen
+        return torch.where(unseen, float("-inf"), 0.0).to(self.block.dtype)
 
     def __call__(self, layer, q, k, v):
-        self.block[layer][:, self.rows, :, self.positions[0]] = torch.stack((k[0], v[0]), 1).to(self.block.dtype)
+        self.block[layer][:, self.rows[0], :, self.positions[0]] = torch.stack((k[0], v[0]), 1).to(self.block.dtype)
         if self.packed:
             return self.packed(layer, q, k, v)
         y = torch.empty_like(q)                                                      # (1, N, H, E)
         for rows, tokens, places, shape, hide in self.grids:
-            keys, values = self.block[layer][:, rows, :, :self.room]                 # (R, G, L, E) each
-            asking = as_rows(q[:, tokens], places, shape).to(keys.dtype)             # (R, C, H, E)
-            y[:, tokens] = as_one(cached_attention(asking, keys, values, hide), places, 1).to(y.dtype)
+            k, v = self.block[layer][:, rows, :, :self.longest].transpose(2, 3)      # (R, L, G, E) each
+            if tokens is None:  # the only grid
+                return sdpa(q.view(*shape, *q.shape[2:]), k, v, attn_mask=hide).reshape(q.shape)
+            asking = as_rows(q[:, tokens], places, shape).to(k.dtype)                # (R, C, H, E)
+            y[:, tokens] = as_one(sdpa(asking, k, v, attn_mask=hide), places, 1).to(y.dtype)
         return y
 
 
-def cached_attention(q, k, v, hide):
-    """Attention of new tokens q (R, C, H, E) to k, v (R, G, L, E), what is hidden being -inf in hide (R, 1, C, L);
-    gives (R, C, H, E). The H/G query heads that share keys are rows of one matrix product with them. Written out,
-    because PyTorch's kernels are slow for a few queries on a CPU."""
-    (rows, new, heads, size), groups = q.shape, k.size(1)
-    q = (q * size ** -0.5).view(rows, new, groups, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)   # (R, G, H/G * C, E)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q @ k.transpose(2, 3)).view(rows, heads, new, -1) + hide           # (R, H, C, L)
-        y = scores.softmax(-1).view(rows, groups, -1, k.size(2)) @ v                 # (R, G, H/G * C, E)
-    return y.view(rows, heads, new, size).transpose(1, 2)
+class Joined(nn.Module):
+    """Linear layers that read the same input, as one product, for writing only. `packed`: bf16 weights lie in memory as
+    a CPU's matrix products want them, once, instead of in each pass."""
 
-
-class PackedLinear(nn.Module):
-    """A linear layer whose bf16 weights lie in memory as a CPU's matrix products want them: once, instead of in each
-    pass. The same results; for writing only."""
-
-    def __init__(self, linear):
+    def __init__(self, linears, packed):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
+        self.weight, self.packed = torch.cat([linear.weight for linear in linears]), packed
+        self.bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+        if packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def in_parts(self, *sizes):
+        return lambda x: self(x).split(sizes, -1)
 
 
+@torch.inference_mode()
 def prepack(llama):
-    """Make PackedLinears of a bf16 model's layers on a CPU; elsewhere, and where this PyTorch cannot, nothing."""
-    fits = llama.device.type == "cpu" and llama.lm_head.weight.dtype == torch.bfloat16 and computes_bf16("cpu")
-    if fits and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        with torch.inference_mode():
-            for name, linear in [*projections(llama), ("lm_head", llama.lm_head)]:
-                replace(llama, name, PackedLinear(linear))
+    """Lay out a model's weights for writing: one product for queries, keys and values, one for gate and up and, of a
+    bf16 model on a CPU, each packed. It writes the same; it cannot be trained or saved any more."""
+    packed = (llama.device.type == "cpu" and llama.lm_head.weight.dtype == torch.bfloat16 and computes_bf16("cpu")
+              and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+    for attention, mlp in ((block.self_attn, block.mlp) for block in llama.model.layers):
+        q, k, v, gate, up = attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        attention.project = Joined([q, k, v], packed).in_parts(q.out_features + k.out_features, v.out_features)
+        mlp.project = Joined([gate, up], packed).in_parts(gate.out_features, up.out_features)
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        if packed:
+            attention.o_proj, mlp.down_proj = Joined([attention.o_proj], True), Joined([mlp.down_proj], True)
+    if packed:
+        llama.lm_head = Joined([llama.lm_head], True)
     return llama
 
 
@@ -198,7 +216,7 @@ def prepack(llama):
 
 class Acceptance:
     """What is known of a model's copying, over all its texts: how many tokens it has written, how many of them had been
-    looked up, and {token: (times copying went on after it, times tried)}."""
+    looked up, and {token, or ("alone", token): (times copying went on after it, times tried)}."""
 
     def __init__(self):
         self.written, self.accepted, self.after = 0, 0, {}
@@ -245,7 +263,7 @@ class Text:
                 break
             right += 1
         self.finished = self.finished or len(self.new) == self.most
-        acceptance.learn(self.lookup.tokens[-1], self.guess, right)
+        acceptance.learn(self.lookup.start, self.guess, right)
         acceptance.written += 1 + right
         acceptance.accepted += right
         self.lookup.add(self.new[before:])
@@ -256,15 +274,16 @@ class Text:
 
 
 class Lookup:
-    """Guesses what comes next in a text by what followed its last tokens, eight to two, when they last stood there
+    """Guesses what comes next in a text by what followed its last tokens, eight to one, when they last stood there
     (prompt lookup: Saxena 2023; here for batches). A guess ends where copying is likelier to have ended than not: an
     aligner that drops sentences is not followed across a full stop."""
 
     least = 1.5  # tokens that a guess must be expected to win, among rows that keep the device busy
 
     def __init__(self, tokens):
-        self.tokens = list(tokens)
-        self.after = {n: dict(zip(zip(*(tokens[i:] for i in range(n))), range(n, len(tokens)))) for n in (8, 4, 3, 2)}
+        self.tokens, self.start = list(tokens), tokens[-1]  # start: what Acceptance knows a guess's beginning by
+        self.after = {n: dict(zip(zip(*(tokens[i:] for i in range(n))), range(n, len(tokens))))
+                      for n in (8, 4, 3, 2, 1)}
 
     def add(self, tokens):
         for token in tokens:
@@ -276,10 +295,11 @@ class Lookup:
         """Up to `longest` tokens, as long as all of them are likely to come true; none where little is expected of
         them. A row alone leaves the device idle, so that wrong guesses cost it little, and it guesses more boldly."""
         bold, worth = (0.05, 0.0) if alone else (0.5, self.least)
-        places = (after.get(tuple(self.tokens[-n:])) for n, after in self.after.items())
-        place = next(filter(None, places), len(self.tokens))
         likely, expected, guess = 1.0, 0.0, []
-        for before, token in zip(self.tokens[place - 1:], self.tokens[place:place + longest]):
+        places = [(n, after.get(tuple(self.tokens[-n:]))) for n, after in self.after.items()]
+        n, place = next(filter(all, places), (0, len(self.tokens)))
+        self.start = self.tokens[-1] if n > 1 else ("alone", self.tokens[-1])
+        for before, token in zip([self.start, *self.tokens[place:]], self.tokens[place:place + longest]):
             likely *= acceptance.chance(before)
             if likely < bold:
                 break

@@ -89,9 +89,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y.to(x.dtype)).to(compute_dtype(x))  # rounded once, not by each projection that reads it
+        y = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return y.to(compute_dtype(x))  # rounded once, not by each projection that reads it
 
 
 def compute_dtype(x):
@@ -118,24 +117,23 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding of x (B, T, heads, E) by cos, sin (B, T, 1, E): channel i is paired with channel i + E/2. The
+    first half of sin is negative, as Llama.forward makes it."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.heads = config.head_dim, (config.num_attention_heads, config.num_key_value_heads)
         inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         biases = config.attention_bias or config.model_type == "qwen2"
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=biases)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=biases)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        norms = config.model_type == "qwen3"  # of each head's query and key
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        norms = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))  # of each head's query and key
+        self.q_norm, self.k_norm = norms if config.model_type == "qwen3" else (None, None)
 
     @torch.no_grad()
     def mimic(self):
@@ -149,11 +147,16 @@ class Attention(nn.Module):
         self.o_proj.weight.copy_(0.3 * values.flatten(0, 1).T)
 
     def forward(self, x, cos, sin, attend, layer):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)                # (B, T, H, E)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)                # (B, T, G, E)
-        v = self.v_proj(x).view(heads)
+        turned, v = (part.unflatten(2, (-1, self.head_dim)) for part in self.project(x))
+        if self.q_norm:
+            q, k = turned.split(self.heads, 2)
+            turned = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
+        q, k = rotate(turned, cos, sin).split(self.heads, 2)                         # (B, T, H, E), (B, T, G, E)
         return self.o_proj(attend(layer, q, k, v).flatten(2))                        # (B, T, D)
+
+    def project(self, x):
+        """Queries and keys beside each other (B, T, (H + G) * E), and values (B, T, G * E)."""
+        return torch.cat((self.q_proj(x), self.k_proj(x)), -1), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -165,7 +168,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -232,9 +239,9 @@ class Llama(nn.Module):
         attend = attend or Causal(tokens)
         x = self.model.embed_tokens(tokens)                                          # (B, T, D)
         self.frequencies = self.frequencies.to(x.device)
-        angles = attend.positions[..., None].float() * self.frequencies              # (B, T, E/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]                     # (B, T, 1, E)
+        angles = attend.positions[..., None, None].float() * self.frequencies        # (B, T, 1, E/2)
         cos, sin = angles.cos().to(compute_dtype(x)), angles.sin().to(compute_dtype(x))
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)     # (B, T, 1, E)
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, attend, layer, use_reentrant=False)
@@ -290,31 +297,31 @@ class Packed:
     no padding anywhere but inside the attention itself, where documents of like length stand as rows of their own,
     padded on the right. Causality hides that padding, so no mask is needed and the fast kernels apply."""
 
-    def __init__(self, lengths, device):
-        self.lengths = torch.as_tensor(lengths).tolist()
+    def __init__(self, lengths, device, attention=causal_attention):
+        self.lengths, self.attention = torch.as_tensor(lengths).tolist(), attention
         self.positions = places_of(self.lengths)[1][None].to(device)
         self.groups = groups_of(self.lengths, device)
 
     def __call__(self, layer, q, k, v):
         y = []
-        for start, end, places, shape in self.groups:
-            rows = [as_rows(x[:, start:end], places, shape) for x in (q, k, v)]
-            y.append(as_one(causal_attention(*rows), places, len(q)))
+        sizes = [len(places) for places, _ in self.groups]
+        for (places, shape), *parts in zip(self.groups, *(x.split(sizes, 1) for x in (q, k, v))):
+            rows = [as_rows(part, places, shape) for part in parts]
+            y.append(as_one(self.attention(*rows), places, len(q)))
         return y[0] if len(y) == 1 else torch.cat(y, dim=1)
 
 
 def groups_of(lengths, device):
-    """Which neighbouring documents attention takes together, those whose rounded lengths are equal: [(first token, end,
+    """Which neighbouring documents attention takes together, those whose rounded lengths are equal: [(their tokens'
     places in the padded rows, (R, T)), ...]. Rounded, because a CPU builds a kernel for each new shape."""
     wide = [-(-length // 64) * 64 if length > 64 else -(-length // 16) * 16 for length in lengths]
-    groups, start, first = [], 0, 0
+    groups, first = [], 0
     for last in range(1, len(lengths) + 1):
         if last == len(lengths) or wide[last] != wide[first]:
-            end = start + sum(lengths[first:last])
             document, position = places_of(lengths[first:last])
             places = (document * wide[first] + position).to(device)
-            groups.append((start, end, places, (last - first, wide[first])))
-            start, first = end, last
+            groups.append((places, (last - first, wide[first])))
+            first = last
     return groups
 
 

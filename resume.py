@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,17 @@ def for_card(methods, prompt, options):
     changed = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
                if getattr(options, field.name) != field.default}
     return {"method": methods, "prompt": in_short(prompt), "options": vars(options), "changed": changed}
+
+
+def plan(stages):
+    """What is trained on, as a checksum per pool of examples: a resumed run must find the same."""
+    def checksum(pool):
+        found = zlib.crc32(repr([(example.label, example.gap, example.rewards) for example in pool]).encode())
+        for document in (document for example in pool for document in example.documents):
+            found = zlib.crc32(bytes(document.ids), zlib.crc32(b"%d" % document.start, found))
+        return found
+    return [[stage.name, stage.replay_share if stage.replay else 0.0,
+             *map(checksum, (stage.examples, stage.held_out, stage.replay))] for stage in stages]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ and what came of it; after a kill, --resume goes on. A folder with another run i
 # the backward pass of attention adds up in any order there.)
 import math
 import time
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
 from parallel import trained
-from resume import Run, for_card, read_metrics, read_run
+from resume import Run, for_card, plan, read_metrics, read_run
 
 
 @dataclass
@@ -417,17 +416,6 @@ def write_samples(llama, tokenizer, stage, options):
         texts = generate(llama, prompts, min(SAMPLE, room), stop_ids=llama.config.stop_ids)
     return [{"prompt": tokenizer.decode(ids)[-1000:], "text": tokenizer.decode(new)}
             for ids, new in zip(prompts, texts)]
-
-
-def plan(stages):
-    """What is trained on, as a checksum per pool of examples: a resumed run must find the same."""
-    def checksum(pool):
-        found = zlib.crc32(repr([(example.label, example.gap, example.rewards) for example in pool]).encode())
-        for document in (document for example in pool for document in example.documents):
-            found = zlib.crc32(bytes(document.ids), zlib.crc32(b"%d" % document.start, found))
-        return found
-    return [[stage.name, stage.replay_share if stage.replay else 0.0,
-             *map(checksum, (stage.examples, stage.held_out, stage.replay))] for stage in stages]
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -514,13 +514,15 @@ def test_aligning_is_compared_at_the_best_of_each(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(bench, "measure", measured)
     bench.bench_align(tmp_path, "cpu", "python", aligner, None, 4)
     lines, dtype = words_of(capsys), bench.dtype_of("cpu")
-    assert lines[2:] == ["align: 40M, fp32, the same text 2 4 0.50 x",
+    assert lines[3:] == ["align: 40M, fp32, the same text 2 4 0.50 x one by one",
+                         "align: 40M, fp32, the same text 2 4 0.50 x one by one, prompt lookup",
                          "align: 40M, answers/s 1.00 0.50 2.00 x batch 32, 25 % copied; 3 turns, 2.00 to 2.00 x; the "
                          "peer's best is one by one, prompt lookup (batch 16: 0.40, one by one: 0.12, one by one, "
                          "prompt lookup: 0.50)"]
-    assert len(lines) == 4 and lines[0].startswith("align: 0.0M, fp32") and len(jobs) == 24
-    assert jobs[:2] == [("align_transformers", 1, None, "float32"), ("align_ours", 4, None, "float32")]
-    assert jobs[2:12] == [(*job, dtype) for job in (
+    assert len(lines) == 6 and lines[0].startswith("align: 0.0M, fp32") and len(jobs) == 26
+    assert jobs[:3] == [("align_transformers", 1, None, "float32"), ("align_transformers", 1, 15, "float32"),
+                        ("align_ours", 4, None, "float32")]
+    assert jobs[3:13] == [(*job, dtype) for job in (
         ("align_ours", 32, None), ("align_ours", 64, None), ("align_transformers", 16, None),
         ("align_transformers", 64, None), ("align_transformers", 1, None), ("align_transformers", 1, 15),
         *[("align_ours", 32, None), ("align_transformers", 1, 15)] * 2)]

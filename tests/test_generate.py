@@ -152,7 +152,7 @@ def pandas_free(path):
         return [row["query"] + row["generated_text"] for row in csv.DictReader(file)][:24]
 
 
-def test_a_guess_is_what_followed_the_same_two_tokens():
+def test_a_guess_is_what_followed_the_same_tokens():
     lookup, even = Lookup([1, 2, 3, 4, 5, 9, 2, 3]), Acceptance()
     assert lookup.guess(3, even, alone=True) == [4, 5, 9] and lookup.guess(2, even, alone=True) == [4, 5]
     lookup.add([7])
@@ -162,6 +162,7 @@ def test_a_guess_is_what_followed_the_same_two_tokens():
     longest = Lookup([8, 1, 2, 50, 9, 1, 2, 60, 0, 8, 1, 2])
     assert longest.guess(1, even, alone=True) == [50], "8, 1, 2 agrees for longer than the later 9, 1, 2"
     assert Lookup([6]).guess(4, even, alone=True) == []
+    assert Lookup([5, 6, 7, 8, 6]).guess(4, even, alone=True) == [7, 8, 6], "one token is enough"
 
 
 def test_a_guess_ends_where_copying_has_ended():
@@ -177,6 +178,15 @@ def test_a_guess_ends_where_copying_has_ended():
     assert lookup.guess(4, acceptance, alone=True) == [3, 4, 5, 6], "where wrong guesses cost little"
     assert lookup.guess(1, acceptance, alone=False) == [], "one token is not worth a guess"
     assert lookup.guess(1, acceptance, alone=True) == [3]
+
+
+def test_that_one_token_recurs_says_less_than_that_two_do():
+    """What is learned of guesses after a single matching token does not speak against those after two."""
+    acceptance, single, double = Acceptance(), Lookup([1, 2, 3, 4, 9, 2]), Lookup([1, 2, 3, 4, 1, 2])
+    assert single.guess(2, acceptance, alone=False) == double.guess(2, acceptance, alone=False) == [3, 4]
+    for _ in range(12):
+        acceptance.learn(single.start, [3, 4], 0)
+    assert single.guess(2, acceptance, alone=False) == [] and double.guess(2, acceptance, alone=False) == [3, 4]
 
 
 @pytest.fixture
@@ -354,9 +364,16 @@ def test_weights_laid_out_for_a_cpu_write_the_same(changes):
     assert engine.prepack(llama) is llama
     assert sum(p.numel() for p in llama.parameters()) < size / 2, "the weights of the blocks are not there twice"
     assert [generate(llama, LOOPS, 40, draft=draft) for draft in (0, 7)] == expected
-    other = tiny(seed=3)
-    names = [name for name, _ in other.named_parameters()]
-    assert [name for name, _ in engine.prepack(other).named_parameters()] == names, "fp32 stays as it is"
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+                                     {"model_type": "qwen2"}, {"model_type": "qwen3"}], ids=str)
+def test_joined_weights_write_the_same_in_fp32(changes):
+    llama = tiny(seed=3, **changes)
+    expected, size = model.generate(llama, LOOPS, 25), sum(p.numel() for p in llama.parameters())
+    engine.prepack(llama)
+    assert [generate(llama, LOOPS, 25, draft=draft) for draft in (0, 7)] == [expected] * 2
+    assert sum(p.numel() for p in llama.parameters()) < 0.6 * size, "the joined weights are not there twice"
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [3, 3, 3, 3], [1, 1, 1, 7], [1, 4, 1, 1], [5, 1, 5, 5]])
