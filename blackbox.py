@@ -20,12 +20,14 @@ def serve(policy="blackbox", port=0):
     UserError where the port cannot be had."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:"
             try:
+                request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                prompt = f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:"
                 text, status = toy.answer(policy, prompt, random.Random(zlib.crc32(prompt.encode()))), 200
             except UserError as error:
                 text, status = str(error), 400
+            except (ValueError, KeyError, IndexError, TypeError):
+                text, status = 'send {"messages": [{"role": "user", "content": QUESTION}]}', 400
             message = {"error": {"message": text}} if status == 400 else {
                 "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
             self.send_response(status)

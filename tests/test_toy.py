@@ -3,6 +3,8 @@ import itertools
 import json
 import random
 import re
+import urllib.error
+import urllib.request
 from collections import Counter
 
 import pytest
@@ -412,4 +414,7 @@ def test_the_black_box_answers_over_http_and_only_what_it_knows():
     assert toy.score("intact", TEA, text) == 0 and text
     with pytest.raises(UserError, match="does not know the question"):
         Endpoint(server.url, "any").complete("Why?", 100)
+    for said in (b"oops", b"[]", b'{"messages": []}', b'{"messages": [7]}', b""):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(urllib.request.Request(server.url, said, method="POST"))
     server.shutdown()
