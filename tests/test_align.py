@@ -168,7 +168,7 @@ def test_limit(world, aligned, tmp_path, monkeypatch):
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_path, monkeypatch):
     texts = {}
-    for name, batch, seed in (("a", 1, 7), ("b", 4, 7), ("c", 9, 7), ("d", 4, 8)):
+    for name, batch, seed in (("a", 1, 5), ("b", 4, 5), ("c", 9, 5), ("d", 4, 6)):
         words = command(world, tmp_path / name, "--temperature", 1, "--seed", seed, "--batch", batch)
         assert run(align, monkeypatch, words) == 0
         texts[name] = [row["aligned"] for row in read(tmp_path / name)]
