@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (the fixture of test_ppo.py, under its own name)
 """ppo.py in two processes (gloo, on the CPU), beside the same run in one."""
 import json
 import os
@@ -12,20 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
+import conftest
 import parallel
 import ppo
 import resume
-from common import UserError, read_options
+from common import UserError, read_options, write_jsonl
 from test_parallel import torchrun
-from test_ppo import command, run, world  # noqa: F401 (a fixture)
+from test_ppo import Letters, tiny, word_tokenizer
 
-# Runs the command lines in a file, one after another, in processes that torchrun has started; each writes the checksum
-# of the weights that it holds then, and the tokens that it has had a policy write.
+# Runs the command lines in a file, one after another, in processes that torchrun has started; each writes the checksums
+# of the weights that it holds then, and how many prompts it had at a time to respond to.
 WORKER = """
 import json, sys
 import torch
-import checkpoint, common, generate, parallel, ppo
-jobs, out = sys.argv[1:]
+jobs, out, tests = sys.argv[1:]
+sys.path.append(tests)
+import checkpoint, common, generate, parallel, ppo, test_ppo
+ppo.Together = lambda words, device: test_ppo.Letters()
 plain, held, written = ppo.improve, [], []
 
 def improve(policy, *rest):
@@ -44,22 +47,52 @@ with parallel.processes("cpu") as device:
         ppo.run(args, common.read_options(ppo.Options, args), torch.device(device))
     json.dump([held, written], open(f"{out}/held-{parallel.rank()}.json", "w"))
 """
-FAST = ["--replicate", "--precision", "fp32", "--lr", "0.001", "--update-epochs", 2, "--rollouts", 8, "--minibatch", 5,
-        "--iterations", 3, "--kl-target", "0.001", "--micro-tokens", 60, "--weights", 1, "0.5"]
+FAST = ["--replicate", "--precision", "fp32", "--lr", "0.01", "--update-epochs", 2, "--rollouts", 8, "--minibatch", 5,
+        "--iterations", 3, "--kl-target", "0.01", "--kl-horizon", 100, "--micro-tokens", 30, "--weights", 1, "-0.5",
+        "--max-new-tokens", 10, "--reference-count", 6, "--device", "cpu", "--save-seconds", 1000]
 JOBS = {
     "gae": FAST,
     "grpo": [*FAST, "--advantages", "grpo", "--group", 2],
     "lora": [*FAST, "--lora-rank", 2, "--bf16-moments", "--advantages", "rloo", "--group", 4],
-    "one response": [*FAST, "--rollouts", 1, "--reference-count", 1],  # one process has none
+    "one response": [*FAST, "--rollouts", 1, "--reference-count", 1, "--no-centre", "--no-norm-adv"],  # one has none
 }
-LONG = [*FAST, "--iterations", 8, "--save-seconds", 0]
+LONG = [*FAST, "--iterations", 6, "--save-seconds", 0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with "policy", which answers in twelve words, soon ending, and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    checkpoint.save(tiny(12, seed=1), folder / "policy")
+    word_tokenizer(12).save(str(folder / "policy" / "tokenizer.json"))
+    write_jsonl(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in ("a b", "b", "c c a", "d e f a b c d")))
+    return folder
+
+
+def command(world, out, *more):
+    words = ["--model", world / "policy", "--data", world / "prompts.jsonl", "--reward", "a", "long", "--out", out]
+    return [str(word) for word in (*words, *more)]
+
+
+def run(patch, words):
+    """In this process, with rewards that need no models."""
+    with patch.context() as inner:
+        inner.setattr(ppo, "Together", lambda words, device: Letters())
+        return conftest.run(ppo, inner, words)
+
+
+def start(folder, jobs):
+    """The command lines, in two processes."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "worker.py").write_text(WORKER)
+    return torchrun(folder / "worker.py", folder / "jobs.json", folder, Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
 def killed(world, tmp_path_factory):
     """The folder of a run of which one of two processes was killed in an iteration after the second."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    agent = torchrun(ppo.__file__, *command(world, out, *LONG))
+    agent = start(out.parent, [command(world, out, *LONG)])
     deadline, rows = time.monotonic() + 300, out / "metrics.jsonl"
     while not (rows.exists() and b'"iteration": 3' in rows.read_bytes()):
         assert agent.poll() is None and time.monotonic() < deadline, agent.communicate()
@@ -82,9 +115,7 @@ def together(world, killed, tmp_path_factory):
     jobs = [command(world, folder / name, *more) for name, more in JOBS.items()]
     jobs += [command(world, folder / name, *LONG, "--resume") for name in ("of one", "of two")]
     jobs.append([*command(world, folder / "gae", *FAST), "--resume"])  # which is finished
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    (folder / "worker.py").write_text(WORKER)
-    agent = torchrun(folder / "worker.py", folder / "jobs.json", folder)
+    agent = start(folder, jobs)
     told, said = (stream.decode() for stream in agent.communicate(timeout=600))
     assert agent.returncode == 0, said
     assert told.count("saved in") == len(jobs), "one of the processes speaks"
@@ -132,7 +163,8 @@ def test_two_processes_do_as_one_does(world, together, tmp_path, monkeypatch, na
 
 def test_each_process_writes_its_share_and_holds_the_same_policy(together):
     (held, written), (others, more) = (json.loads((together / f"held-{rank}.json").read_text()) for rank in range(2))
-    assert held == others and len(set(held)) >= len(JOBS)  # to the last bit
+    assert held == others                                   # to the last bit
+    assert len({*held[:len(JOBS)], held[-1]}) == 1 + len(JOBS)  # a finished run trains nothing: its policy is the base
     assert written[:4] == [3, 4, 4, 4] == more[:4]         # of 6 of the reference's, of 8 of each iteration's responses
 
 
