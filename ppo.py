@@ -37,7 +37,6 @@ from tqdm import tqdm
 import chat
 import checkpoint
 import data
-import folders
 import formats
 import losses
 import parallel
