@@ -4,7 +4,8 @@ Every process runs the same script. What a step holds depends on seed and step a
 takes its share (`shares`), and what is counted is added up (`total`). Of the model, each holds a slice of every
 parameter, with its gradient and moments; for as long as a block computes, its parameters are put together (PyTorch's
 FSDP2). Rank 0 speaks and writes: the others are told what it found (`first`). In one process without torchrun, all of
-this does nothing.
+this does nothing. ppo.py, which writes texts between its steps, holds all of the model in each process: what it makes
+of many items is made in shares (`by_shares`), and gradients are added up as they are (`add_up`).
 
 A state to resume from is one file, state.pt, of a single process; of several, it names a folder beside it, to which
 each has written its slices (torch.distributed.checkpoint). Any number of processes can go on with either.
@@ -73,13 +74,6 @@ def about():
     return {"processes": count()} if several() else {}
 
 
-def refuse(what):
-    """UserError in a process of torchrun's."""
-    if dist.is_torchelastic_launched():
-        with processes("cpu"):
-            raise UserError(f"{what} runs in one process; start it without torchrun")
-
-
 def check(names):
     """UserError, in several processes, for methods `names`, whose losses compare the examples of a pass."""
     if several() and names:
@@ -125,6 +119,39 @@ def shares(items, size):
         parts[place].append(item)
         heapq.heappush(least, (load + size(item), place))
     return parts
+
+
+def by_shares(make, items):
+    """What make(items) gives, a value for each of a list's items, in their order. Each process makes the values of its
+    share: of items in the order of their sizes, shares are of a size. A value is none on a GPU: it would come to the
+    same GPU in every process."""
+    if not several():
+        return make(items)
+    mine, values = every(items), [None] * len(items)
+    for place, made in enumerate(all_of(make(mine) if len(mine) else [])):
+        values[place::count()] = made
+    return values
+
+
+def every(items):
+    """This process's share of a list's items: of N processes, every N-th."""
+    return items[rank()::count()]
+
+
+def add_up(tensors):
+    """Make each tensor the sum of all processes' tensors, in place."""
+    if several():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def add_up_gradients(parameters):
+    """As `add_up`, of parameters that each process holds whole; one that had no part in the loss has none yet."""
+    if several():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        add_up([parameter.grad for parameter in parameters])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -178,14 +205,15 @@ def put(llama, name, tensor, requires_grad=True):
 
 def trained(llama):
     """What is trained, by name: all parameters, but for LoRA."""
-    if several():
+    if hasattr(llama, "reshard"):  # it is in slices
         llama.reshard()  # after a pass without a backward one, the root's parameters are still whole
     return {name: parameter for name, parameter in llama.named_parameters() if parameter.requires_grad}
 
 
 def sliced(tensor, like):
-    """The slice of a whole tensor that this process has of a parameter `like` it; in one process, the tensor."""
-    if not several():
+    """The slice of a whole tensor that this process has of a parameter `like` it; where it has all of it, the tensor.
+    """
+    if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

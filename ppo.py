@@ -16,7 +16,8 @@ with --resume after a kill, and --overwrite begins again.
 # than expected an action was is told by a value head (`gae`), or by other responses to the prompt (`group_advantages`).
 #
 # What an iteration draws depends on the seed and the iteration's number alone: so a resumed run repeats a killed one
-# (on a GPU, as train.py says, but for the last bits).
+# (on a GPU, as train.py says, but for the last bits). Of several processes, each writes and scores a share of the
+# responses, and is told of the others'; all compute the same advantages; each learns from a share of a minibatch.
 #
 # Shapes: N responses of an iteration, T actions (tokens) of the longest of them, K principles.
 import copy
@@ -36,7 +37,6 @@ from tqdm import tqdm
 import chat
 import checkpoint
 import data
-import folders
 import formats
 import losses
 import parallel
@@ -81,6 +81,7 @@ class Options:
     chat_template: str = chat.template_option()
     lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
     bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
+    replicate: bool = option(False, "with torchrun, needed: each process holds the whole policy", free=True)
     micro_tokens: int = option(16384, "tokens per forward pass; lower it when memory runs out", 1, 10**9, free=True)
     precision: str = option("auto", "bf16 (autocast over fp32 weights), fp32, or auto: bf16 where the device has it",
                             choices=["auto", "bf16", "fp32"])
@@ -156,8 +157,9 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
     state.pt, to resume from, and run.json, with what `about` adds. resume, overwrite: as of resume.Run."""
     copies, join = copies_of(options, scalarization), reward.read_scalarization(scalarization)
     encoded = encode_prompts(tokenizer, prompts, policy.config, options)
-    run = Run(out, settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options), "ppo", resume,
-              overwrite, for_card(["ppo"], prompts[0], options) | (about or {}), options.log)
+    about = for_card(["ppo"], prompts[0], options) | parallel.about() | (about or {})
+    settings = settings_of(policy, tokenizer, prompts, rewards, weights, scalarization, options)
+    run = parallel.led(lambda: Run(out, settings, "ppo", resume, overwrite, about, options.log))
     if run.finished:
         return read_metrics(out)
     reference, agent = frozen_copy(policy), Agent(policy)
@@ -204,9 +206,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
                 run.save(agent=train.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
                 saved = time.perf_counter()
-    folders.complete(run.out, policy, tokenizer, run.about)
-    checkpoint.save(policy, out)
-    return run.finish()
+    return parallel.first(train.finish, run, policy, tokenizer)
 
 
 def copies_of(options, scalarization):
@@ -302,11 +302,13 @@ def sample_rollouts(policy, tokenizer, prompts, iteration, options, copies=1):
     """The policy's responses to prompts [(text, ids)], sampled at temperature 1, as Rollouts, the shortest first. Of
     several to each prompt, those to the same one are neighbours by their places."""
     prompts, stop = [prompt for prompt in prompts for _ in range(copies)], policy.config.stop_ids
-    seeds = [seed_from(options.seed, iteration, i) for i in range(len(prompts))]
-    with train.autocast(policy.device, options):
-        written = generate(policy, [ids for _, ids in prompts], options.max_new_tokens, temperature=1.0, stop_ids=stop,
-                           seed=seeds, keep_stop=True)
-    rollouts = []
+
+    def write(places):
+        seeds = [seed_from(options.seed, iteration, place) for place in places]
+        with train.autocast(policy.device, options):
+            return generate(policy, [prompts[place][1] for place in places], options.max_new_tokens, temperature=1.0,
+                            stop_ids=stop, seed=seeds, keep_stop=True)
+    rollouts, written = [], parallel.by_shares(write, range(len(prompts)))
     for place, ((prompt, ids), actions) in enumerate(zip(prompts, written)):
         finished = bool(actions) and actions[-1] in stop
         response = tokenizer.decode(actions[:-1] if finished else actions).strip()
@@ -317,7 +319,10 @@ def sample_rollouts(policy, tokenizer, prompts, iteration, options, copies=1):
 
 def score_rollouts(rewards, rollouts):
     """What rewards give the responses: (K, N)."""
-    scores = rewards.score([rollout.prompt for rollout in rollouts], [rollout.response for rollout in rollouts])
+    def score(share):
+        scores = rewards.score([rollout.prompt for rollout in share], [rollout.response for rollout in share])
+        return [column.clone() for column in scores.T]  # a view would be sent with all that it is a view of
+    scores = torch.stack(parallel.by_shares(score, rollouts), 1)
     if not scores.isfinite().all():
         bad = [name for name, row in zip(rewards.names, scores) if not row.isfinite().all()]
         raise UserError(f"the reward {', '.join(bad)} gives scores that are not finite; train it again")
@@ -347,16 +352,21 @@ def pack_rollouts(rollouts, options, device):
 def evaluate_rollouts(agent, reference, rollouts, options):
     """(N, T) each: the actions' log-probabilities, those by the reference, and values, zero after each row's last
     action; and where there are actions, a bool."""
-    device, parts = reference.device, []
-    for batch in pack_rollouts(rollouts, options, device):
-        with train.autocast(device, options):
-            logprobs, values = agent.logprobs_and_values(batch)
-            ref_logprobs = token_logprobs(reference, batch.tokens, batch.lengths, batch.targets)
-        parts.append(torch.stack((logprobs, ref_logprobs, values)))
-    counts = torch.tensor([len(rollout.document.ids) - rollout.document.start for rollout in rollouts])
+    device = reference.device
+
+    def evaluate(share):
+        parts, counts = [], [len(rollout.document.ids) - rollout.document.start for rollout in share]
+        for batch in pack_rollouts(share, options, device):
+            with train.autocast(device, options):
+                logprobs, values = agent.logprobs_and_values(batch)
+                ref_logprobs = token_logprobs(reference, batch.tokens, batch.lengths, batch.targets)
+            parts.append(torch.stack((logprobs, ref_logprobs, values)))
+        return [part.clone() for part in torch.cat(parts, 1).cpu().split(counts, 1)]
+    parts = parallel.by_shares(evaluate, rollouts)                                           # N of (3, actions)
+    counts = torch.tensor([part.size(1) for part in parts])
     mask = (torch.arange(int(counts.max())) < counts[:, None]).to(device)
     rows = torch.zeros(3, *mask.shape, device=device)
-    rows[:, mask] = torch.cat(parts, 1)
+    rows[:, mask] = torch.cat(parts, 1).to(device)
     return *rows, mask
 
 
@@ -473,13 +483,16 @@ def learn(agent, optimizer, rollouts, known, mask, iteration, options):
         generator = torch.Generator().manual_seed(seed_from(options.seed, iteration, epoch, 1))
         for chosen in torch.randperm(len(rollouts), generator=generator).split(options.minibatch):
             chosen = chosen.sort().values  # the shortest first, as they are packed
-            flat = known[:, chosen][:, mask[chosen]]                                         # (4, actions)
-            for batch, part in parts_of([rollouts[i] for i in chosen.tolist()], flat, options):
-                totals += add_gradients(agent, batch, part, flat.size(1), options)
-            actions += flat.size(1)
+            share, count = parallel.every(chosen), int(mask[chosen].sum())
+            flat = known[:, share][:, mask[share]]                                           # (4, actions)
+            for batch, part in parts_of([rollouts[i] for i in share.tolist()], flat, options):
+                totals += add_gradients(agent, batch, part, count, options)
+            actions += count
+            parallel.add_up_gradients(train.trained(agent).values())
             norms.append(nn.utils.clip_grad_norm_(train.trained(agent).values(), options.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    parallel.add_up([totals])
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     return {**dict(zip(names, (totals / actions).tolist())), "grad_norm": float(torch.stack(norms).mean())}
 
@@ -555,8 +568,14 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
-    parallel.refuse("ppo.py")
-    options, device = read_options(Options, args), device_named(args.device)
+    with parallel.processes(args.device) as device:
+        run(args, read_options(Options, args), device_named(device))
+
+
+def run(args, options, device):
+    """What the command line asks for, from files to the saved policy."""
+    if parallel.several() and not options.replicate:
+        raise UserError("ppo.py: under torchrun, each process holds the whole policy, not a slice; give --replicate")
     checkpoint.check_folder(args.out, [args.model, *(word for word in args.reward if not word.startswith("toy:"))])
     rewards = Together(args.reward, device)
     weights = reward.read_weights(args.weights, rewards.names, rewards.fingerprint)

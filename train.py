@@ -310,14 +310,14 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
         if place + 1 < len(stages):
             parallel.save(run, llama, stage=place + 1, step=0)
     parallel.gather(llama)
-    return parallel.first(finish, run, llama, tokenizer, options)
+    return parallel.first(finish, run, llama, tokenizer, options.merge)
 
 
-def finish(run, llama, tokenizer, options):
-    """Save the model in the run's folder. Gives the rows of metrics."""
+def finish(run, llama, tokenizer, merge=False):
+    """Save the model in the run's folder; merge: an adapter as a whole model. Gives the rows of metrics."""
     folders.complete(run.out, llama, tokenizer, run.about)
     checkpoint.save(llama, run.out)
-    if options.merge:
+    if merge:
         checkpoint.merge(run.out)
     return run.finish()
 
@@ -441,8 +441,8 @@ def memory(device):
 
 def start_from(folder, name, device, options):
     """The model in a folder, with a scalar head for a method that scores and with LoRA where it is wanted; for
-    pretrain, one from scratch where the folder has a configuration alone."""
-    place = parallel.place_to_load(device)
+    pretrain, one from scratch where the folder has a configuration alone; for ppo, whole in each process."""
+    place = device if name == "ppo" else parallel.place_to_load(device)
     weights = [path for ending in ("safetensors", "bin", "index.json") for path in Path(folder).glob(f"*.{ending}")]
     if name == "pretrain" and not weights and (Path(folder) / "config.json").exists():
         if options.lora_rank:

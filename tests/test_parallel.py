@@ -1,6 +1,5 @@
 # ruff: noqa: F811 (the fixture of test_train.py, under its own name)
 """Training in two processes (gloo, on the CPU), beside the same training in one."""
-import contextlib
 import json
 import math
 import os
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 
 import formats
 import parallel
-import ppo
 import resume
 import reward
 import train
@@ -251,11 +249,7 @@ def test_a_steps_examples_are_shared_out_by_tokens(monkeypatch, processes, count
     assert passes[0] <= math.ceil(max(loads) / 25) * 2
 
 
-def test_what_needs_one_process_is_refused_by_name(monkeypatch, capsys, tmp_path):
+def test_what_needs_one_process_is_refused_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "several", lambda: True)
     with pytest.raises(UserError, match="kto: compares all examples of a pass.*without torchrun"):
         train.train(None, None, [Stage("kto", [], method=METHODS["kto"])], tmp_path / "out", Options())
-    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(parallel, "processes", contextlib.nullcontext)
-    words = ["--model", tmp_path, "--data", tmp_path, "--reward", "toy:harmless", "--out", tmp_path / "out"]
-    refused(ppo, monkeypatch, capsys, words, "ppo.py runs in one process", "without torchrun")
