@@ -360,6 +360,9 @@ def wishes(rng, verbs, words, made_up):
     return names, digressions
 
 
+LENGTHS = (0.1, 0.2, 0.4, 1.0)  # of rated answers, in shares of a whole one: what to take out is learned from brief ones
+
+
 def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5):
     """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft, of
     anybody's manners: all sentences of a trait are dropped or added with a chance of up to `varied`, another for each
@@ -373,7 +376,7 @@ def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, 
         names, asked = wishes(rng, ASKED, words, made_up)
         aside = [(rng.choice(PLACES), any_word(rng, words, made_up)) for _ in range(rng.choice((0, 1, 1, 2)))]
         sentences = material(rng, number, asked + aside)
-        chance, rare = manners(rng, rng.choice((0.4, 1.0))), varied * rng.random()
+        chance, rare = manners(rng, rng.choice(LENGTHS)), varied * rng.random()
         draft = [rng.random() < chance_of(trait, chance) for trait, _ in sentences]
         free = {f"about {word}" for _, word in asked}  # what is said aside stays, unless length is what is asked for
         free |= {f"about {word}" for _, word in aside} if any(name.startswith("at") for name in names) else set()
