@@ -125,9 +125,9 @@ class Cache:
         positions = [length + i for length, count in zip(before, counts) for i in range(count)]
         self.rows, self.positions = torch.tensor([rows, positions], device=device).split(1)          # (1, N) each
         self.lengths[first:first + len(counts)] = map(sum, zip(before, counts))
-        self.longest = max(positions) + 1
-        if self.longest > self.block.size(4):
-            self.block = F.pad(self.block, (0, 0, 0, -(-self.longest // 64) * 64 - self.block.size(4)))
+        self.room = -(-(max(positions) + 1) // 64) * 64  # rounded up: what bf16 rounds hangs on it, not on neighbours
+        if self.room > self.block.size(4):
+            self.block = F.pad(self.block, (0, 0, 0, self.room - self.block.size(4)))
         self.packed = Packed(counts, device, partial(sdpa, is_causal=True)) if not any(before) else None
         self.grids = [] if self.packed else self.grids_of(torch.tensor(before), torch.tensor(counts))
         return self
@@ -155,7 +155,7 @@ class Cache:
     def hidden(self, before, start, end):
         """-inf where a row's new token from `start` to `end` does not see a cached one, else 0: (R, 1, C, L)."""
         seen = (before[:, None, None, None] + torch.arange(start, end)[:, None]).to(self.block.device)  # (R, 1, C, 1)
-        unseen = torch.arange(self.longest, device=self.block.device) > seen
+        unseen = torch.arange(self.room, device=self.block.device) > seen
         return torch.where(unseen, float("-inf"), 0.0).to(self.block.dtype)
 
     def __call__(self, layer, q, k, v):
@@ -164,7 +164,7 @@ class Cache:
             return self.packed(layer, q, k, v)
         y = torch.empty_like(q)                                                      # (1, N, H, E)
         for rows, tokens, places, shape, hide in self.grids:
-            k, v = self.block[layer][:, rows, :, :self.longest].transpose(2, 3)      # (R, L, G, E) each
+            k, v = self.block[layer][:, rows, :, :self.room].transpose(2, 3)         # (R, L, G, E) each
             if tokens is None:  # the only grid
                 return sdpa(q.view(*shape, *q.shape[2:]), k, v, attn_mask=hide).reshape(q.shape)
             asking = as_rows(q[:, tokens], places, shape).to(k.dtype)                # (R, C, H, E)

@@ -398,8 +398,8 @@ def test_win_rates_by_preference_models(models, monkeypatch, capsys):
             original, aligned, golden = model.score([row["prompt"]] * 3, texts)[0].tolist()
             worth["wins"] += aligned > original and row["aligned"] != row["original"]
             worth["ties"] += row["aligned"] == row["original"]
-            worth["before"] += original > golden
-            worth["after"] += aligned > golden
+            worth["before"] += (original > golden) + 0.5 * (row["original"] == row["golden"])
+            worth["after"] += (aligned > golden) + 0.5 * (row["aligned"] == row["golden"])
         assert (figures["wins"], figures["ties"]) == (worth["wins"], worth["ties"])
         assert figures["ties"] == 1 and figures["losses"] == len(rows) - 1 - worth["wins"]
         assert figures["win_rate_original"] == pytest.approx(100 * worth["before"] / len(rows))
