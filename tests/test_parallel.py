@@ -154,8 +154,8 @@ def whole(world, tmp_path_factory):
 
 
 def assert_same(out, expected):
-    """The same files, rows of metrics to 1e-4, and weights: to 1e-4, but for the few whose gradients are nearly nothing,
-    which AdamW makes as long a step of as of any; these, to a step of the learning rate."""
+    """The same files, rows of metrics to 1e-4, and weights: to 1e-4, but for the few whose gradients are nearly
+    nothing, which AdamW makes as long a step of as of any; these, to a step of the learning rate."""
     assert {path.name for path in out.iterdir()} == {path.name for path in expected.iterdir()}
     rows = metrics(expected)
     for row, other in zip(metrics(out), rows, strict=True):
