@@ -8,6 +8,7 @@
     size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps
     steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference
     pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
+    weight    how much what is not copied counts for (losses.edit_weighted); 1: the paper's loss
     unseen    six wishes never trained, added one by one to three trained ones (the paper's figure 3)
     rounds    editing the edit again, once and twice; and asking for 1, 3, 6 and 9 objectives at once
 
@@ -41,6 +42,7 @@ class Variant:
     rating: dict = field(default_factory=dict)                        # keywords of toy.rated
     steps: dict = field(default_factory=lambda: dict(story.STEPS))    # optimizer steps of the aligner's steps
     shape: dict = field(default_factory=lambda: dict(story.FOUNDATION))
+    edit_weight: float = story.RECIPE.edit_weight                     # how much a token counts that is not copied
     worded: bool = True                                               # False: one wording for each objective
 
 
@@ -71,8 +73,9 @@ FIGURES = {  # figure -> {variant: what is trained}
               "no equal": without("equal"), "better only": without("identity", "equal")},
     "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
-              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.4": paired(keep=0.4),
+              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.15": paired(keep=0.15),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant()},
+    "weight": {"weight 1": Variant(edit_weight=1.0), RECIPE: Variant(), "weight 4": Variant(edit_weight=4.0)},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},
 }
@@ -93,7 +96,8 @@ def train_variant(out, folder, variant, seed, scale, device):
     steps = scaled(variant.steps)
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
     pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
-    story.train_aligner(folder / "aligner", base / "foundation", pairs, texts, seed, device, steps)
+    options = replace(story.RECIPE, edit_weight=variant.edit_weight)
+    story.train_aligner(folder / "aligner", base / "foundation", pairs, texts, seed, device, steps, options)
 
 
 def answered(seed, count):

@@ -320,11 +320,32 @@ class Method:
     @property
     def pairs(self):
         """Whether examples are pairs of responses, or more of them."""
-        return self.loss is not cross_entropy
+        return self.loss not in (cross_entropy, edit_weighted)
 
 
 def cross_entropy(logprobs, batch, options):
     return losses.cross_entropy(logprobs)
+
+
+def edit_weighted(logprobs, batch, options):
+    if options.edit_weight == 1:
+        return losses.cross_entropy(logprobs)
+    return losses.edit_weighted(logprobs, copied(batch), options.edit_weight)
+
+
+def copied(batch):
+    """(K,): which targets of a Batch are copied, as edits are: those that follow the token before them in the prompt as
+    well. A text's last token, which ends it, counts as copied, and so does all of a text without a prompt."""
+    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    end = lengths.cumsum(0)                                                       # (documents,)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=end.device), lengths)       # (N,)
+    start = batch.targets[torch.searchsorted(batch.document, document[end - 1])]  # the first target of each
+    size = int(batch.tokens.max()) + 1
+    steps = (document * size + batch.tokens.roll(1)) * size + batch.tokens        # (N,): from which token to which
+    place = torch.arange(len(document), device=end.device)
+    told = steps[(place > (end - lengths)[document]) & (place < start[document])]
+    bare, last = start - (end - lengths) < 2, batch.targets == end[batch.document] - 1
+    return torch.isin(steps[batch.targets], told) | bare[batch.document] | last
 
 
 def bradley_terry(scores, batch, options):
@@ -382,10 +403,10 @@ PAIRS = ("principle", "weights", "temperature")  # how pairs are made
 METHODS = {
     "pretrain": Method(pretrain_rows, cross_entropy),
     "sft": Method(sft_rows, cross_entropy),
-    "identity": Method(identity_rows, cross_entropy, options=("warmup_data",)),
-    "partner": Method(partner_rows, cross_entropy, options=("warmup_data",)),
-    "equal": Method(equal_rows, cross_entropy),
-    "better": Method(better_rows, cross_entropy),
+    "identity": Method(identity_rows, edit_weighted, options=("warmup_data", "edit_weight")),
+    "partner": Method(partner_rows, edit_weighted, options=("warmup_data", "edit_weight")),
+    "equal": Method(equal_rows, edit_weighted, options=("edit_weight",)),
+    "better": Method(better_rows, edit_weighted, options=("edit_weight",)),
     "reward": Method(preference_rows, bradley_terry, scorer=True, options=("principle",)),
     "dpo": Method(preference_rows, dpo, reference=True, options=("beta", "label_smoothing", *PAIRS)),
     "robust": Method(preference_rows, robust, reference=True, options=("beta", "label_smoothing", *PAIRS)),

@@ -4,7 +4,9 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words                             which pairs; how long
+    metaaligner          one aligner, told all objectives in words                             which pairs, and whether
+                                                                                               edits count for more (the
+                                                                                               story's way); how long
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
@@ -240,9 +242,9 @@ def sum_pairs(world, weights):
     return list(map(story.after_a_space, data.reformulate(rows, [SIMPLE], data.Pairing(seed=world.seed))))
 
 
-def train_editor(world, label, rows, times=1):
+def train_editor(world, label, rows, times=1, **options):
     """An aligner: a warm-up by identity, then pairs; twice as long as others train, and so many `times` as long. Gives
-    its costs."""
+    its costs. options: further ones of train.Options."""
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
@@ -250,7 +252,7 @@ def train_editor(world, label, rows, times=1):
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
-               max_steps=times * 4 * world.steps - few)
+               max_steps=times * 4 * world.steps - few, **options)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -265,7 +267,9 @@ def edited(world, writer, answers, objectives, costs):
     return entry
 
 
-PAIRINGS = {"dominance": story.PAIRING, "paper's pairs": data.Pairing()}
+EDITORS = {  # knob -> (which pairs, how much a token counts that is not copied)
+    "dominance": (story.PAIRING, 1.0), "weighted": (story.PAIRING, story.RECIPE.edit_weight),
+    "paper's pairs": (data.Pairing(), 1.0)}
 
 
 def times_of(knob):
@@ -281,8 +285,10 @@ def knobs_of(world, name):
 
 
 def metaaligner(world, weights, knob, answers=None):
-    label, (pairs, times) = f"metaaligner {knob}", times_of(knob)
-    costs = train_editor(world, label, pairs_of(world, (*OBJECTIVES, BRIEF), PAIRINGS[pairs]), times)
+    label, (kind, times) = f"metaaligner {knob}", times_of(knob)
+    pairing, weight = EDITORS[kind]
+    rows = pairs_of(world, (*OBJECTIVES, BRIEF), pairing)
+    costs = train_editor(world, label, rows, times, edit_weight=weight)
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
@@ -475,7 +481,7 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, ["dominance x4", "dominance x1", "paper's pairs x1"]),
+    "metaaligner": (metaaligner, ["weighted x4", "dominance x4", "dominance x1", "paper's pairs x1"]),
     "aligner": (aligner, [None]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
     "dpo, x4": (partial(preferred, method="dpo", times=4), [0.1]),

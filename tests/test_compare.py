@@ -387,7 +387,7 @@ def test_a_rival_trains_as_many_times_as_long_as_its_knob_says(world, monkeypatc
     expected = {"dpo helpful=1 0.1": 1, "dpo helpful=1 0.1 x4": 4, "ric helpful=1 x4": 8, "ric helpful=1 x1": 2,
                 "conditioned x4": 8, "conditioned x1": 2}
     assert {name: steps[name] / world.steps for name in expected} == expected
-    for knob, times in (("dominance x4", 16), ("dominance x1", 4), ("paper's pairs x1", 4)):
+    for knob, times in (("weighted x4", 16), ("dominance x4", 16), ("dominance x1", 4), ("paper's pairs x1", 4)):
         assert steps[f"metaaligner {knob}"] == times * world.steps - few
     short = replace(world, full=False)
     assert [rivals.knobs_of(short, name) for name in ("metaaligner", "ric", "dpo", "start")] == [

@@ -429,6 +429,31 @@ def test_each_methods_loss_takes_its_own_options_and_columns(method):
     assert METHODS[method].loss(logprobs, batch, options).item() == pytest.approx(expected, rel=1e-5)
 
 
+def copied_by_hand(document):
+    """For each target of a document, whether the pair of it and the token before stands in the prompt as well."""
+    ids, start = list(document.ids), document.start
+    told = {tuple(ids[i:i + 2]) for i in range(start - 1)}
+    targets = range(max(start, 1), len(ids))
+    return [start < 2 or place == len(ids) - 1 or (ids[place - 1], ids[place]) in told for place in targets]
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_what_an_editor_does_not_copy_counts_for_more(weight):
+    rng, examples = random.Random(4), []
+    for _ in range(60):  # few words, so that many pairs of them come again; some texts without a prompt
+        start = rng.choice((0, 1, 2, 9, 14))
+        examples.append(Example([Document(array("i", [rng.randrange(5) for _ in range(start + 8)]), start)]))
+    wanted = {tuple(e.documents[0].ids): copied_by_hand(e.documents[0]) for e in examples}
+    assert 100 < sum(map(sum, wanted.values())) < 350
+    for batch in train.pack(examples, 150, torch.device("cpu")):
+        logprobs = -torch.rand(len(batch.targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        copied = torch.tensor([c for part in batch.tokens.split(batch.lengths) for c in wanted[tuple(part.tolist())]])
+        assert torch.equal(methods.copied(batch), copied)
+        expected = -sum(lp * (1 if c else weight) for lp, c in zip(logprobs.tolist(), copied.tolist()))
+        found = METHODS["better"].loss(logprobs, batch, Options(edit_weight=weight))
+        assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_pro_finds_the_answers_of_each_prompt_in_packed_batches():
     """The sum over batches is that of each prompt's own answers, by the formula."""
     rng, examples = random.Random(3), []
@@ -472,7 +497,8 @@ def words_of(world, method, out, *more):
     if "weights" in heeded and "--weights" not in more:
         words += ["--weights", "helpful=0.7,harmless=0.3"]
     return words + (["--principle", "helpful"] if method == "reward" else []) + \
-        (["--warmup-data", 1.0] if "warmup_data" in heeded else [])
+        (["--warmup-data", 1.0] if "warmup_data" in heeded else []) + \
+        (["--edit-weight", 2.0] if "edit_weight" in heeded else [])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -320,9 +320,17 @@ def pieces(text):
     return [note for note in notes if note], prompt + "\n\nAssistant:", answer, again
 
 
+def is_list(text):
+    """Whether a text for the foundation model is a list said again."""
+    return text.startswith("\n\nHuman: Please say")
+
+
 def test_notes_of_texts_are_true_and_nothing_is_corrected():
-    lengths, questions = set(), 0
+    lengths, questions, lists = set(), 0, 0
     for text in toy.pretraining_texts(2000, 0):
+        lists += is_list(text)
+        if is_list(text):
+            continue
         notes, prompt, answer, again = pieces(text)
         assert again in ("", answer)  # said again it is the same, never a better one
         asked = prompt != "\n\nHuman: Please.\n\nAssistant:"
@@ -333,14 +341,27 @@ def test_notes_of_texts_are_true_and_nothing_is_corrected():
             name = wordings.meant(note)
             assert toy.score(name, prompt, answer) == toy.best(name), (note, answer)
         assert "mprove" not in "; ".join(notes) + answer and "dited" not in answer
-    assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200
+    assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200 and 130 < lists < 270
 
 
-def test_repetitions_say_made_up_words_again():
-    rows = list(toy.repetitions(300, 0))
-    assert rows == list(toy.repetitions(300, 0)) != list(toy.repetitions(300, 1))
-    words = [word for row in rows for word in row["completion"].split()]
-    assert all(row["prompt"] == f"\n\nHuman: Please say:{row['completion']}\n\nAssistant:" for row in rows)
+LIST = re.compile(r"\n\nHuman: Please say(?P<but>, all but .*?[^:])?: (?P<said>.*)\n\nAssistant:")
+
+
+def test_lists_are_said_again_all_but_what_is_left_out():
+    rows, words, kinds = list(toy.repetitions(600, 0)), [], Counter()
+    assert rows == list(toy.repetitions(600, 0)) != list(toy.repetitions(600, 1))
+    for row in rows:
+        told = LIST.fullmatch(row["prompt"])
+        said, kept, but = told["said"], row["completion"].strip(), (told["but"] or "").removeprefix(", all but ")
+        in_sentences = said.endswith((".", "!", "?"))
+        said, kept, but = (toy.sentences_of(text) if in_sentences else text.split() for text in (said, kept, but))
+        assert kept == [text for text in said if text not in but] and kept and set(but) < set(said)
+        kinds[in_sentences, bool(but)] += 1
+        if in_sentences:
+            assert set(said) <= toy.STEP.keys() | toy.TRAIT_OF.keys() and len(set(said)) == len(said)
+        else:
+            words += said
+    assert kinds[False, True] == 0 and min(kinds[True, True], kinds[True, False]) > 100 and kinds[False, False] > 200
     assert len(set(words)) > 0.9 * len(words) and not set(words) & set(wordings.WORDS)
 
 
