@@ -481,7 +481,7 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, ["weighted x4", "dominance x4", "dominance x1", "paper's pairs x1"]),
+    "metaaligner": (metaaligner, ["weighted x4", "weighted x1", "dominance x1", "paper's pairs x1"]),
     "aligner": (aligner, [None]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
     "dpo, x4": (partial(preferred, method="dpo", times=4), [0.1]),

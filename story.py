@@ -50,7 +50,7 @@ class Options:
     and width; the large one and the aligner start from the foundation."""
     layers: int = option(4, "the foundation's blocks", 1, 200)
     width: int = option(192, "its hidden size, a multiple of 64", 64, 2**14)
-    list_steps: int = option(440, "optimizer steps in which it repeats lists", 1, 10**6)
+    list_steps: int = option(360, "optimizer steps in which it repeats lists", 1, 10**6)
     text_steps: int = option(720, "optimizer steps in which it reads texts", 1, 10**6)
     small_steps: int = option(300, "optimizer steps of the small policy", 1, 10**6)
     large_steps: int = option(100, "optimizer steps of the large policy", 1, 10**6)

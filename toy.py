@@ -144,7 +144,7 @@ TASK_OF_QUESTION = {question.replace("TASK", task): number for number, task in e
 DIGRESSION = re.compile("|".join(re.escape(d).replace("X", r"[\w'-]+") for d in DIGRESSIONS))
 STEP = {step: (number, kind) for kind, lists in (("right", RIGHT), ("wrong", WRONG))
         for number, steps in enumerate(lists) for step in steps}
-EVERYTHING = sorted(STEP.keys() | TRAIT_OF.keys())
+ALL = sorted(STEP.keys() | TRAIT_OF.keys())
 
 
 def task_of(prompt):
@@ -404,24 +404,18 @@ def variation(rng, sentences, draft, free, rare, names, bent):
 
 def repetitions(count, seed):
     """Examples to begin with: lists to be said again. As none can be learned by heart, a model soon learns to copy
-    (Olsson et al., arXiv 2209.11895) and to skip, which is most of an edit."""
+    (Olsson et al., arXiv 2209.11895), which is most of an edit."""
     rng = random.Random(f"words {seed}")
     for _ in range(count):
         yield repetition(rng)
 
 
 def repetition(rng):
-    """Made-up words, or sentences of this world in no order; every other list of sentences but for some of them. From
-    sentences, a token each, copying is learned first, and then that of words, which are in pieces."""
-    left_out = []
-    if rng.random() < 0.5:
-        said = [wordings.coin(rng) for _ in range(rng.randint(2, 8))]
-    else:
-        said = rng.sample(EVERYTHING, rng.randint(2, 10))
-        left_out = rng.sample(said, rng.randint(1, max(1, len(said) // 3))) if rng.random() < 0.5 else []
-    told = f"Please say, all but {' '.join(left_out)}:" if left_out else "Please say:"
-    kept = [text for text in said if text not in left_out]
-    return {"prompt": f"\n\nHuman: {told} {' '.join(said)}\n\nAssistant:", "completion": f" {' '.join(kept)}"}
+    """Made-up words, or sentences of this world in no order. Copying sentences, a token each, is learned first, and soon
+    after it that of words, which are in pieces; from words alone, when it comes differs from seed to seed."""
+    made_up = rng.random() < 0.5
+    said = [wordings.coin(rng) for _ in range(rng.randint(2, 8))] if made_up else rng.sample(ALL, rng.randint(2, 10))
+    return {"prompt": f"\n\nHuman: Please say: {' '.join(said)}\n\nAssistant:", "completion": f" {' '.join(said)}"}
 
 
 def pretraining_texts(count, seed, made_up=0.7):

@@ -344,24 +344,18 @@ def test_notes_of_texts_are_true_and_nothing_is_corrected():
     assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200 and 130 < lists < 270
 
 
-LIST = re.compile(r"\n\nHuman: Please say(?P<but>, all but .*?[^:])?: (?P<said>.*)\n\nAssistant:")
-
-
-def test_lists_are_said_again_all_but_what_is_left_out():
-    rows, words, kinds = list(toy.repetitions(600, 0)), [], Counter()
+def test_lists_are_said_again():
+    rows, words, sentences = list(toy.repetitions(600, 0)), [], []
     assert rows == list(toy.repetitions(600, 0)) != list(toy.repetitions(600, 1))
     for row in rows:
-        told = LIST.fullmatch(row["prompt"])
-        said, kept, but = told["said"], row["completion"].strip(), (told["but"] or "").removeprefix(", all but ")
-        in_sentences = said.endswith((".", "!", "?"))
-        said, kept, but = (toy.sentences_of(text) if in_sentences else text.split() for text in (said, kept, but))
-        assert kept == [text for text in said if text not in but] and kept and set(but) < set(said)
-        kinds[in_sentences, bool(but)] += 1
-        if in_sentences:
-            assert set(said) <= toy.STEP.keys() | toy.TRAIT_OF.keys() and len(set(said)) == len(said)
+        assert row["prompt"] == f"\n\nHuman: Please say:{row['completion']}\n\nAssistant:"
+        said = row["completion"].strip()
+        if said[-1] in ".!?":
+            sentences.append(toy.sentences_of(said))
+            assert set(sentences[-1]) <= toy.STEP.keys() | toy.TRAIT_OF.keys()
         else:
-            words += said
-    assert kinds[False, True] == 0 and min(kinds[True, True], kinds[True, False]) > 100 and kinds[False, False] > 200
+            words += said.split()
+    assert 240 < len(sentences) < 360 and len({tuple(sorted(said)) for said in sentences}) == len(sentences)
     assert len(set(words)) > 0.9 * len(words) and not set(words) & set(wordings.WORDS)
 
 
