@@ -6,9 +6,9 @@
 
     words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
     size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps
-    steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference
+    steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference;
+              these three alone, without the fourth, in which edits are held against others
     pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
-    weight    how much what is not copied counts for (losses.edit_weighted); 1: the paper's loss
     unseen    six wishes never trained, added one by one to three trained ones (the paper's figure 3)
     rounds    editing the edit again, once and twice; and asking for 1, 3, 6 and 9 objectives at once
 
@@ -42,7 +42,6 @@ class Variant:
     rating: dict = field(default_factory=dict)                        # keywords of toy.rated
     steps: dict = field(default_factory=lambda: dict(story.STEPS))    # optimizer steps of the aligner's steps
     shape: dict = field(default_factory=lambda: dict(story.FOUNDATION))
-    edit_weight: float = story.RECIPE.edit_weight                     # how much a token counts that is not copied
     worded: bool = True                                               # False: one wording for each objective
 
 
@@ -70,12 +69,12 @@ FIGURES = {  # figure -> {variant: what is trained}
     "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
               "partner": Variant(steps={"partner" if name == "identity" else name: count
                                         for name, count in story.STEPS.items()}),
-              "no equal": without("equal"), "better only": without("identity", "equal")},
+              "no equal": without("equal"), "better only": without("identity", "equal", "contrast"),
+              "the paper's three": without("contrast")},
     "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
               "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.15": paired(keep=0.15),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant()},
-    "weight": {"weight 1": Variant(edit_weight=1.0), RECIPE: Variant(), "weight 4": Variant(edit_weight=4.0)},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},
 }
@@ -96,8 +95,7 @@ def train_variant(out, folder, variant, seed, scale, device):
     steps = scaled(variant.steps)
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
     pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
-    options = replace(story.RECIPE, edit_weight=variant.edit_weight)
-    story.train_aligner(folder / "aligner", base / "foundation", pairs, texts, seed, device, steps, options)
+    story.train_aligner(folder, base / "foundation", pairs, texts, seed, device, steps)
 
 
 def answered(seed, count):

@@ -19,15 +19,6 @@ def cross_entropy(logprobs):
     return -logprobs.sum()
 
 
-def edit_weighted(logprobs, copied, weight):
-    """Cross-entropy in which what an editor does not copy counts `weight` times (Junczys-Dowmunt et al., arXiv
-    1804.05940). Most of an edit is copied, and who is in doubt copies. Greedily, an edit is made where the model is 1/2
-    sure of it, against copying; so weighted, 1 / (1 + weight).
-
-    logprobs, copied (K,): of the targets; copied: whether the prompt said so. Gives the sum over targets."""
-    return cross_entropy(torch.where(copied, logprobs, weight * logprobs))
-
-
 def expected(loss, margins, labels):
     """The sum over pairs of loss(margin) where the first response is better, and of loss(-margin) where the second is,
     each as often as the labels say: what is expected of labels drawn with these chances.

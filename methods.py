@@ -5,6 +5,7 @@
     sft                         prompts and completions, or the best-rated answer  fine-tuning
     identity, partner           equally good answers: an aligner's warm-up         MetaAligner, step 1; Aligner
     equal, better               pairs "an answer -> another"                       MetaAligner, steps 2 and 3
+    contrast                    such pairs, after better: the edit over others     RPO
     reward                      preferences                                        Bradley-Terry; MORLAIF
     dpo, ipo, robust, rpo,      preferences, or answers rated on objectives        the DPO family (losses.py)
     simpo, orpo, kto, bco
@@ -72,6 +73,29 @@ def identity_rows(paths, options):
         raise UserError(f"{paths[0]}: its rows do not say where the answer is in the prompt ('answer': [start, end]); "
                         "make them with `python data.py reformulate`, or leave the step identity out of --steps")
     return [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in rows]
+
+
+def contrast_rows(paths, options):
+    """An aligner's pairs as preferences: the edit that was asked for, over the answer as it is or, as often, over
+    another text that the pairs have for the same question, which does something else; where the answer is to stay, over
+    such a text always."""
+    rows, rng, texts, found = better_rows(paths, options), random.Random(options.seed), {}, []
+    for row in rows:
+        if not {"answer", "context"} <= set(row):
+            raise UserError(f"{paths[0]}: its rows do not say where question and answer are in the prompt ('context', "
+                            "'answer': [start, end]); make them with `python data.py reformulate`")
+        question, answer = (row["prompt"][slice(*row[key])] for key in ("context", "answer"))
+        texts.setdefault(question, {}).update({answer: None, row["completion"]: None})
+    for row in rows:
+        question, answer = (row["prompt"][slice(*row[key])] for key in ("context", "answer"))
+        others = [text for text in texts[question] if text not in (answer, row["completion"])]
+        rejected = [answer] if answer != row["completion"] else []
+        if others:
+            rejected.append(rng.choice(others))
+        if rejected:
+            pair = formats.preference(row["prompt"], row["completion"], rng.choice(rejected), "asked", 1.0)
+            found.append({**pair, "context": row["context"]})
+    return found
 
 
 def preference_rows(paths, options):
@@ -320,32 +344,11 @@ class Method:
     @property
     def pairs(self):
         """Whether examples are pairs of responses, or more of them."""
-        return self.loss not in (cross_entropy, edit_weighted)
+        return self.loss is not cross_entropy
 
 
 def cross_entropy(logprobs, batch, options):
     return losses.cross_entropy(logprobs)
-
-
-def edit_weighted(logprobs, batch, options):
-    if options.edit_weight == 1:
-        return losses.cross_entropy(logprobs)
-    return losses.edit_weighted(logprobs, copied(batch), options.edit_weight)
-
-
-def copied(batch):
-    """(K,): which targets of a Batch are copied, as edits are: those that follow the token before them in the prompt as
-    well. A text's last token, which ends it, counts as copied, and so does all of a text without a prompt."""
-    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
-    end = lengths.cumsum(0)                                                       # (documents,)
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=end.device), lengths)       # (N,)
-    start = batch.targets[torch.searchsorted(batch.document, document[end - 1])]  # the first target of each
-    size = int(batch.tokens.max()) + 1
-    steps = (document * size + batch.tokens.roll(1)) * size + batch.tokens        # (N,): from which token to which
-    place = torch.arange(len(document), device=end.device)
-    told = steps[(place > (end - lengths)[document]) & (place < start[document])]
-    bare, last = start - (end - lengths) < 2, batch.targets == end[batch.document] - 1
-    return torch.isin(steps[batch.targets], told) | bare[batch.document] | last
 
 
 def bradley_terry(scores, batch, options):
@@ -403,10 +406,11 @@ PAIRS = ("principle", "weights", "temperature")  # how pairs are made
 METHODS = {
     "pretrain": Method(pretrain_rows, cross_entropy),
     "sft": Method(sft_rows, cross_entropy),
-    "identity": Method(identity_rows, edit_weighted, options=("warmup_data", "edit_weight")),
-    "partner": Method(partner_rows, edit_weighted, options=("warmup_data", "edit_weight")),
-    "equal": Method(equal_rows, edit_weighted, options=("edit_weight",)),
-    "better": Method(better_rows, edit_weighted, options=("edit_weight",)),
+    "identity": Method(identity_rows, cross_entropy, options=("warmup_data",)),
+    "partner": Method(partner_rows, cross_entropy, options=("warmup_data",)),
+    "equal": Method(equal_rows, cross_entropy),
+    "better": Method(better_rows, cross_entropy),
+    "contrast": Method(contrast_rows, rpo, reference=True, options=("beta", "sft_coef")),
     "reward": Method(preference_rows, bradley_terry, scorer=True, options=("principle",)),
     "dpo": Method(preference_rows, dpo, reference=True, options=("beta", "label_smoothing", *PAIRS)),
     "robust": Method(preference_rows, robust, reference=True, options=("beta", "label_smoothing", *PAIRS)),

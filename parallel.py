@@ -74,14 +74,6 @@ def about():
     return {"processes": count()} if several() else {}
 
 
-def memory(device):
-    """This process's peak memory so far, for the progress bar."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    import resource
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-
-
 def check(names):
     """UserError, in several processes, for methods `names`, whose losses compare the examples of a pass."""
     if several() and names:

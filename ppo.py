@@ -200,7 +200,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             if not all(math.isfinite(row[name]) for name in ("kl", "policy_loss", "value_loss", "grad_norm")):
                 raise UserError(f"{out}: iteration {iteration + 1} gives no finite loss; lower --lr or raise --kl-coef")
             run.write(row)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, {parallel.memory(policy.device)}")
+            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, {train.memory(policy.device)}")
             bar.update()
             course.kl_coef = steered(course.kl_coef, kl, len(rollouts), options)
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:

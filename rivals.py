@@ -4,9 +4,9 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words                             which pairs, and whether
-                                                                                               edits count for more (the
-                                                                                               story's way); how long
+    metaaligner          one aligner, told all objectives in words                             which pairs (contrast: and
+                                                                                               edits held against others,
+                                                                                               as in the story); how long
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
@@ -242,9 +242,9 @@ def sum_pairs(world, weights):
     return list(map(story.after_a_space, data.reformulate(rows, [SIMPLE], data.Pairing(seed=world.seed))))
 
 
-def train_editor(world, label, rows, times=1, **options):
+def train_editor(world, label, rows, times=1):
     """An aligner: a warm-up by identity, then pairs; twice as long as others train, and so many `times` as long. Gives
-    its costs. options: further ones of train.Options."""
+    its costs."""
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
@@ -252,7 +252,7 @@ def train_editor(world, label, rows, times=1, **options):
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",
-               max_steps=times * 4 * world.steps - few, **options)
+               max_steps=times * 4 * world.steps - few)
     return {name: first[name] + rest[name] for name in rest}
 
 
@@ -267,9 +267,7 @@ def edited(world, writer, answers, objectives, costs):
     return entry
 
 
-EDITORS = {  # knob -> (which pairs, how much a token counts that is not copied)
-    "dominance": (story.PAIRING, 1.0), "weighted": (story.PAIRING, story.RECIPE.edit_weight),
-    "paper's pairs": (data.Pairing(), 1.0)}
+PAIRINGS = {"dominance": story.PAIRING, "contrast": story.PAIRING, "paper's pairs": data.Pairing()}
 
 
 def times_of(knob):
@@ -285,10 +283,15 @@ def knobs_of(world, name):
 
 
 def metaaligner(world, weights, knob, answers=None):
-    label, (kind, times) = f"metaaligner {knob}", times_of(knob)
-    pairing, weight = EDITORS[kind]
-    rows = pairs_of(world, (*OBJECTIVES, BRIEF), pairing)
-    costs = train_editor(world, label, rows, times, edit_weight=weight)
+    kind, times = times_of(knob)
+    pairs = pairs_of(world, (*OBJECTIVES, BRIEF), PAIRINGS[kind])
+    supervised = f"metaaligner {kind} x{times}".replace("contrast", "dominance")
+    label, costs = f"metaaligner {knob}", train_editor(world, supervised, pairs, times)
+    if kind == "contrast":
+        write_jsonl(world.out / f"{label}.jsonl", pairs)
+        rows = methods.contrast_rows([world.out / f"{label}.jsonl"], replace(POLICY, seed=world.seed))
+        more = fit(world, label, "contrast", rows, world.out / supervised, times, beta=0.2, sft_coef=0.1)
+        costs = {name: costs[name] + more[name] for name in costs}
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)
 
@@ -481,7 +484,7 @@ RIVALS = {  # name -> (function, values of its knob, the first one in the table)
     "start": (start, [None]),
     "best-of-n": (best_of_n, [16, 4]),
     "self-refinement": (self_refinement, [None]),
-    "metaaligner": (metaaligner, ["weighted x4", "weighted x1", "dominance x1", "paper's pairs x1"]),
+    "metaaligner": (metaaligner, ["contrast x4", "dominance x4", "dominance x1", "paper's pairs x1"]),
     "aligner": (aligner, [None]),
     "dpo": (partial(preferred, method="dpo"), [0.1, 0.5, 0.03]),
     "dpo, x4": (partial(preferred, method="dpo", times=4), [0.1]),

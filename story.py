@@ -57,9 +57,10 @@ class Options:
     identity_steps: int = option(40, "optimizer steps of the aligner's warm-up; 0: none", 0, 10**6)
     equal_steps: int = option(10, "its optimizer steps on equal preference; 0: none", 0, 10**6)
     better_steps: int = option(880, "its optimizer steps on better preference", 1, 10**6)
+    contrast_steps: int = option(160, "its optimizer steps on edits against others; 0: none", 0, 10**6)
     lr: float = option(3e-3, "highest learning rate of the foundation and the policies", 0, 10)
     aligner_lr: float = option(3e-3, "the aligner's", 0, 10)
-    edit_weight: float = option(2.0, "what a token counts for the aligner that is not copied", 0.01, 100)
+    contrast_lr: float = option(3e-4, "the aligner's where edits are held against others", 0, 10)
     batch: int = option(32, "examples per optimizer step", 1, 10**6)
     questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
     replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
@@ -75,7 +76,8 @@ class Options:
 
     @property
     def steps(self):
-        steps = {"identity": self.identity_steps, "equal": self.equal_steps, "better": self.better_steps}
+        steps = {"identity": self.identity_steps, "equal": self.equal_steps, "better": self.better_steps,
+                 "contrast": self.contrast_steps}
         return {name: count for name, count in steps.items() if count}
 
     def training(self, seed, **more):
@@ -86,7 +88,7 @@ RECIPE = Options()
 FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
 PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.3)
 QUICK = dict(layers=2, width=128, list_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
-             equal_steps=5, better_steps=60, questions=500, prompts=6)
+             equal_steps=5, better_steps=60, contrast_steps=5, questions=500, prompts=6)
 QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows that all works and what the report looks "
               "like; of what the method can do it shows nothing.")
 
@@ -155,17 +157,25 @@ def after_a_space(pair):
 
 
 def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS, options=RECIPE):
-    llama = checkpoint.load(foundation, device=device)
-    tokenizer = checkpoint.load_tokenizer(foundation, llama)
-    training = options.training(seed, lr=options.aligner_lr, warmup_data=0.5, edit_weight=options.edit_weight)
-    stages = []
-    for name, count in steps.items():
-        rows = train.METHODS[name].rows([pairs], training)
-        random.Random(seed).shuffle(rows)
-        enough = round(count * options.batch * (1 - options.replay) * 1.02)  # so that an epoch has so many steps
-        stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, training, texts[:2000],
-                                    options.replay))
-    train.train(llama, tokenizer, stages, out, training, resume=True, overwrite=True)
+    """The aligner, in out/aligner. MetaAligner's steps come first; then, where "contrast" is among the steps, what these
+    gave, in out/supervised, learns to prefer the edits that were asked for over others."""
+    tokenizer, supervised = checkpoint.load_tokenizer(foundation), dict(steps)
+    contrast = supervised.pop("contrast", 0)
+
+    def fit(base, folder, steps, training, texts):
+        llama, stages = checkpoint.load(base, device=device), []
+        for name, count in steps.items():
+            rows = train.METHODS[name].rows([pairs], training)
+            random.Random(seed).shuffle(rows)
+            enough = round(count * options.batch * (1 - options.replay * bool(texts)) * 1.02)  # of an epoch's steps
+            stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, training, texts,
+                                        options.replay))
+        train.train(llama, tokenizer, stages, folder, training, resume=True, overwrite=True)
+    last = out / ("supervised" if contrast else "aligner")
+    fit(foundation, last, supervised, options.training(seed, lr=options.aligner_lr, warmup_data=0.5), texts[:2000])
+    if contrast:
+        preferring = options.training(seed, lr=options.contrast_lr, beta=0.2, sft_coef=0.1)
+        fit(last, out / "aligner", {"contrast": contrast}, preferring, [])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -252,7 +262,7 @@ def story(out, seed, device, options=RECIPE):
     for row in itertools.islice(formats.read_pairs(pairs), 1):
         print(f"--- one of them ({row['relation']})\n{row['prompt']}\n--- its target\n{row['completion']}")
     announce("4. the aligner learns: to copy, to keep, to improve")
-    train_aligner(out / "aligner", out / "foundation", pairs, texts, seed, device, options.steps, options)
+    train_aligner(out, out / "foundation", pairs, texts, seed, device, options.steps, options)
     announce("5. five policies answer; the aligner, which has never seen them, edits")
     aligner = Writer(out / "aligner", device)
     rng = random.Random(f"prompts {seed}")
@@ -301,7 +311,7 @@ def write_results(out, rows, results, edited, others, note):
     sections = [("Would something simpler do?", f"<p>{measure.DOUBTS}</p>{html_table(head, cells)}")]
     sections += [(f"What was asked for, and what was not: {name}", measure.html(table))
                  for name, table in {"mean over the policies": means, **tables}.items()]
-    sections += curves_section(out, ("foundation", "small", "large", "aligner"))
+    sections += curves_section(out, ("foundation", "small", "large", "supervised", "aligner"))
     write_report(out / "report.html", results, examples, "nanoalign: the story", notes.strip(), sections)
     write_svg(out / "story.svg", mean_chart(figures), CHART)
     for name in results:

@@ -85,7 +85,6 @@ class Options:
     margin: float = option(1.0, "simpo: log-odds by which the better response is to lead (the paper's gamma)", 0, 1e6)
     sft_coef: float = option(0.005, "rpo, pro: weight of the better, the best response's likelihood", 0, 1e6)
     odds_coef: float = option(0.1, "orpo: weight of the odds ratio beside the likelihood", 0, 1e6)
-    edit_weight: float = option(1.0, "aligner: what a token counts that is not copied; over 1: bolder", 1e-9, 1e3)
     warmup_data: float = option(0.1, "aligner: part of the equal-preference pairs that the warm-up step takes", 0, 1)
 
 
@@ -136,8 +135,9 @@ class Batch:
 
 
 def prepare(name, rows, tokenizer, config, options, replay=(), replay_share=0.0):
-    """Tokenise rows into a Stage. Whole prompts are held out, with all their pairs. Says how many examples did not fit;
-    UserError when none is left. Those longer than the context lengthen it; UserError if past a sliding window."""
+    """Tokenise rows into a Stage. Whole prompts are held out, so that no held-out prompt is trained on in another
+    pair. Says how many examples did not fit; UserError when none is left. Examples longer than the model's context
+    lengthen the context, and config is told; UserError where they are longer than its sliding window."""
     def encode(rows):
         stop = config.stop_ids[0] if config.stop_ids else None
         return data.encode_examples(tokenizer, rows, config.bos_token_id, stop, options.max_tokens)
@@ -298,7 +298,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                                     "--lr or check --data")
                 run.write(row)
                 speed = f"{tokens / max(row['seconds'], 1e-3):,.0f} tok/s"
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed}, {parallel.memory(llama.device)}")
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed}, {memory(llama.device)}")
                 bar.update()
                 if (step + 1) % options.val_every == 0 or step + 1 == total:
                     validate(llama, tokenizer, stage, step + 1, run, options, progress)
@@ -366,7 +366,8 @@ def batch_loss(llama, batch, method, options):
 
 @torch.no_grad()
 def add_ref_logprobs(llama, examples, options, progress):
-    """Give each pair its responses' log-probabilities under llama as it is now, the reference: once, for they stay."""
+    """Give each pair the log-probabilities of its responses under llama as it is now, the reference. Once, because they
+    never change; so training needs no second model in memory."""
     shares, found = parallel.shares(examples, size), []
     with tqdm(total=len(shares[parallel.rank()]), desc="reference", unit="pair", disable=not progress) as bar:
         for batch in batches_of(examples, options, llama.device):
@@ -401,8 +402,8 @@ SAMPLE = 48  # tokens of a sample, at most, and as far as the context goes
 
 
 def write_samples(llama, tokenizer, stage, options):
-    """[{"prompt", "text"}]: greedy continuations of the first held-out prompts (of long ones, the end is told), of
-    texts their first quarter. They draw nothing, and so change nothing that is trained."""
+    """[{"prompt", "text"}]: greedy continuations of the first held-out prompts, of texts their first quarter. What is
+    trained does not depend on them: they draw nothing. Of a long prompt, the end is told."""
     prompts = {}
     for document in (example.documents[0] for example in stage.held_out):
         start = document.start if document.start > 1 else max(1, len(document.ids) // 4)
@@ -428,6 +429,14 @@ def autocast(device, options):
 
 def computes_half(device, options):
     return computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
+
+
+def memory(device):
+    """Peak memory so far, for the progress bar."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    import resource
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
 
 
 def start_from(folder, name, device, options):

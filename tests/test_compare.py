@@ -357,7 +357,7 @@ def test_those_told_names_read_them_before_the_question_and_never_train_on_the_u
     everything = rivals.even((*OBJECTIVES, UNSEEN))
     for weights in (everything, {"helpful": 1.0, BRIEF: 0.0}):
         rivals.conditioned(world, weights, "x1")
-        rivals.metaaligner(world, weights, "weighted x1")
+        rivals.metaaligner(world, weights, "dominance x1")
     assert all(text in told[0] for text in texts.values())
     assert texts["helpful"] in told[1] and rivals.TEXTS[BRIEF].description not in told[1]
     assert [[objective.name for objective in asked] for _, asked in edits] == [[*OBJECTIVES, UNSEEN], ["helpful"]]
@@ -387,11 +387,12 @@ def test_a_rival_trains_as_many_times_as_long_as_its_knob_says(world, monkeypatc
     expected = {"dpo helpful=1 0.1": 1, "dpo helpful=1 0.1 x4": 4, "ric helpful=1 x4": 8, "ric helpful=1 x1": 2,
                 "conditioned x4": 8, "conditioned x1": 2}
     assert {name: steps[name] / world.steps for name in expected} == expected
-    for knob, times in (("weighted x4", 16), ("weighted x1", 4), ("dominance x1", 4), ("paper's pairs x1", 4)):
+    for knob, times in (("dominance x4", 16), ("dominance x1", 4), ("paper's pairs x1", 4)):
         assert steps[f"metaaligner {knob}"] == times * world.steps - few
+    assert steps["metaaligner contrast x4"] == 4 * world.steps
     short = replace(world, full=False)
     assert [rivals.knobs_of(short, name) for name in ("metaaligner", "ric", "dpo", "start")] == [
-        ["weighted x1"], ["x1"], [0.1], [None]]
+        ["dominance x1"], ["x1"], [0.1], [None]]
 
 
 def test_an_aligner_learns_to_edit_towards_the_weighted_sum(world, untrained):
@@ -415,7 +416,7 @@ def test_an_aligner_learns_to_edit_towards_the_weighted_sum(world, untrained):
 # The page
 
 
-def result(shift=0.0, names=("start", "metaaligner weighted x4", "dpo 0.1", "dpo 0.5", "ric x4")):
+def result(shift=0.0, names=("start", "metaaligner dominance x4", "dpo 0.1", "dpo 0.5", "ric x4")):
     """What a seed gives, made by hand."""
     figures = dict.fromkeys(compare.FIGURES, 1.0) | {"interval": [-0.5, 0.25], "nats": None}
     table = {name: {**figures, "gain": place + shift, "seconds": 10.0 * place} for place, name in enumerate(names)}
@@ -544,7 +545,7 @@ def test_a_killed_run_goes_on_a_finished_one_trains_nothing_and_others_are_made_
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = compared(whole)
     expected = timeless(whole)
-    assert list(expected[0]["table"]) == ["start", "best-of-n 3", "raft", "metaaligner weighted x1"]
+    assert list(expected[0]["table"]) == ["start", "best-of-n 3", "raft", "metaaligner dominance x1"]
     assert [len(points) for points in expected[0]["fronts"].values()] == [3, 3] and "[" in said
     # Killed between and within entries
     interrupted(compare, "write_jsonl", 2)  # the second is written, but nobody says what of

@@ -21,22 +21,6 @@ def test_cross_entropy_by_hand():
     assert losses.cross_entropy(torch.zeros(0)).item() == 0
 
 
-@pytest.mark.parametrize("share, weight", [(0.3, 1), (0.3, 3), (0.2, 4), (0.6, 0.5)])
-def test_an_edit_that_is_weighted_is_made_where_the_model_is_surer_than_1_in_1_plus_weight(share, weight):
-    """In `share` of the data an edit is made here, and else it is copied: the loss is least where the odds of the edit
-    are weight * share / (1 - share), and so over a half where share is over 1 / (1 + weight)."""
-    best = weight * share / (weight * share + 1 - share)
-    slopes = []
-    for chance in (best - 1e-3, best, best + 1e-3):
-        edit = torch.tensor(math.log(chance / (1 - chance)), dtype=torch.float64, requires_grad=True)
-        logprobs = torch.stack((edit, torch.zeros_like(edit))).log_softmax(0)
-        copied = torch.arange(1000) >= round(1000 * share)
-        losses.edit_weighted(logprobs[copied.long()], copied, weight).backward()
-        slopes.append(edit.grad.item())
-    assert slopes[0] < -0.01 and abs(slopes[1]) < 1e-6 and slopes[2] > 0.01
-    assert (best > 0.5) == (share > 1 / (1 + weight))
-
-
 def test_bradley_terry_by_hand():
     """-y log s - (1 - y) log (1 - s), s = sigmoid(a - b)."""
     scores, labels = [[1.0, 0.5], [-2.0, 1.0], [3.0, 3.0]], [1.0, 0.0, 0.3]

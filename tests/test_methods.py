@@ -7,12 +7,14 @@ import random
 import re
 import statistics
 from array import array
+from collections import Counter
 
 import pytest
 import torch
 
 import checkpoint
 import data
+import formats
 import methods
 import reward
 import train
@@ -20,7 +22,7 @@ from common import UserError
 from conftest import refused, response, run, write
 from data import Document, Example
 from methods import METHODS
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, find_objectives
 from test_train import metrics, tiny, world  # noqa: F401 (a fixture)
 from train import Options
 
@@ -133,6 +135,30 @@ def test_scored_rows_are_every_two_answers_by_their_weighted_sums(rated, tempera
         label = sigmoid(gap / temperature) if temperature else float(gap > 0)
         assert row["prompt"] == PROMPTS[a] and (row["gap"], row["p_a"]) == pytest.approx((gap, label))
     assert methods.preference_rows([rated], Options(weights=WEIGHTS, temperature=temperature)) == rows
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4])
+def test_contrast_rows_reject_what_was_not_asked_for(rated, tmp_path, keep):
+    rows = list(formats.read_rated(rated)) * 20
+    pairs = list(data.reformulate(rows, find_objectives(["helpful", "honest"]), data.Pairing(keep=keep)))
+    path, rejected = write(tmp_path / "pairs.jsonl", *pairs), Counter()
+    asked = [pair for pair in pairs if pair["relation"] != "equal"]
+    found = methods.contrast_rows([path], Options(seed=1))
+    assert found == methods.contrast_rows([path], Options(seed=1)) != methods.contrast_rows([path], Options(seed=2))
+    assert [(row["prompt"], row["response_a"], row["context"], row["p_a"]) for row in found] == [
+        (pair["prompt"], pair["completion"], pair["context"], 1.0) for pair in asked]
+    for row, pair in zip(found, asked):
+        answer, chosen, other = pair["prompt"][slice(*pair["answer"])], pair["completion"], row["response_b"]
+        assert other != chosen and PROMPTS[other] == PROMPTS[chosen]
+        rejected[pair["relation"], len([text for text in PROMPTS.values() if text == PROMPTS[chosen]]),
+                 other == answer] += 1
+    kept = sum(pair["relation"] == "keep" for pair in asked)
+    assert rejected["keep", 2, True] == rejected["keep", 3, True] == rejected["better", 2, False] == 0
+    assert rejected["keep", 2, False] + rejected["keep", 3, False] == kept and (kept > 20) == (keep > 0)
+    assert 0.35 < rejected["better", 3, True] / (rejected["better", 3, True] + rejected["better", 3, False]) < 0.65
+    with pytest.raises(UserError, match="do not say where question and answer are"):
+        methods.contrast_rows([write(tmp_path / "bare.jsonl", {"prompt": "p", "completion": "c",
+                                                               "relation": "better"})], Options())
 
 
 def test_equal_sums_are_no_preference(tmp_path):
@@ -429,31 +455,6 @@ def test_each_methods_loss_takes_its_own_options_and_columns(method):
     assert METHODS[method].loss(logprobs, batch, options).item() == pytest.approx(expected, rel=1e-5)
 
 
-def copied_by_hand(document):
-    """For each target of a document, whether the pair of it and the token before stands in the prompt as well."""
-    ids, start = list(document.ids), document.start
-    told = {tuple(ids[i:i + 2]) for i in range(start - 1)}
-    targets = range(max(start, 1), len(ids))
-    return [start < 2 or place == len(ids) - 1 or (ids[place - 1], ids[place]) in told for place in targets]
-
-
-@pytest.mark.parametrize("weight", [1.0, 2.5])
-def test_what_an_editor_does_not_copy_counts_for_more(weight):
-    rng, examples = random.Random(4), []
-    for _ in range(60):  # few words, so that many pairs of them come again; some texts without a prompt
-        start = rng.choice((0, 1, 2, 9, 14))
-        examples.append(Example([Document(array("i", [rng.randrange(5) for _ in range(start + 8)]), start)]))
-    wanted = {tuple(e.documents[0].ids): copied_by_hand(e.documents[0]) for e in examples}
-    assert 100 < sum(map(sum, wanted.values())) < 350
-    for batch in train.pack(examples, 150, torch.device("cpu")):
-        logprobs = -torch.rand(len(batch.targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        copied = torch.tensor([c for part in batch.tokens.split(batch.lengths) for c in wanted[tuple(part.tolist())]])
-        assert torch.equal(methods.copied(batch), copied)
-        expected = -sum(lp * (1 if c else weight) for lp, c in zip(logprobs.tolist(), copied.tolist()))
-        found = METHODS["better"].loss(logprobs, batch, Options(edit_weight=weight))
-        assert found.item() == pytest.approx(expected, rel=1e-9)
-
-
 def test_pro_finds_the_answers_of_each_prompt_in_packed_batches():
     """The sum over batches is that of each prompt's own answers, by the formula."""
     rng, examples = random.Random(3), []
@@ -484,7 +485,7 @@ def test_pro_finds_the_answers_of_each_prompt_in_packed_batches():
 # ----------------------------------------------------------------------------- the command line
 
 DATA = {"pretrain": "texts.jsonl", "identity": "pairs.jsonl", "partner": "pairs.jsonl", "equal": "pairs.jsonl",
-        "better": "pairs.jsonl"}
+        "better": "pairs.jsonl", "contrast": "pairs.jsonl"}
 START = {"dpo": math.log(2), "robust": math.log(2), "cdpo": math.log(2), "reward": math.log(2), "ipo": 25.0,
          "kto": 1.0, "bco": 2 * math.log(2)}  # at beta 0.1, as long as the policy is the reference
 
@@ -497,8 +498,7 @@ def words_of(world, method, out, *more):
     if "weights" in heeded and "--weights" not in more:
         words += ["--weights", "helpful=0.7,harmless=0.3"]
     return words + (["--principle", "helpful"] if method == "reward" else []) + \
-        (["--warmup-data", 1.0] if "warmup_data" in heeded else []) + \
-        (["--edit-weight", 2.0] if "edit_weight" in heeded else [])
+        (["--warmup-data", 1.0] if "warmup_data" in heeded else [])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -152,7 +152,7 @@ def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monke
                                     max_position_embeddings=1024)
     small = {name: value for name, value in story.shape_of(96, 2).items() if value != story.FOUNDATION[name]}
     assert small == dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3)
-    assert story.STEPS == {"identity": 40, "equal": 10, "better": 880} and story.READING == {"lists": 360, "texts": 720}
+    assert story.STEPS == {"identity": 40, "equal": 10, "better": 880, "contrast": 160} and story.READING == {"lists": 360, "texts": 720}
     training = story.RECIPE.training(5)
     assert (training.lr, training.batch, training.seed, training.weight_decay, training.max_steps) == (
         3e-3, 32, 5, 0.01, 0)
@@ -165,11 +165,11 @@ def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monke
     assert run(story, monkeypatch, ["--quick", "--device", "cpu", "--prompts", 3]) == 0
     assert found == [("quick", story.Options(**{**story.QUICK, "prompts": 3}))]
     assert "Not the recipe's options" in capsys.readouterr().out
-    assert story.Options(equal_steps=0).steps == {"identity": 40, "better": 880}
+    assert story.Options(equal_steps=0).steps == {"identity": 40, "better": 880, "contrast": 160}
 
 
 TWO = dict(layers=1, width=64, list_steps=2, text_steps=2, small_steps=2, large_steps=2, identity_steps=2,
-           equal_steps=2, better_steps=2, questions=80, prompts=3)
+           equal_steps=2, better_steps=2, contrast_steps=2, questions=80, prompts=3)
 
 
 @pytest.fixture
@@ -200,8 +200,9 @@ def test_the_story_from_end_to_end(short, tmp_path, capsys):
     chart = (tmp_path / "story.svg").read_text(encoding="utf-8")
     assert all(f">{name}</text>" in chart for name in [*toy.NAMED, "mention a word never read"])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == len(toy.POLICIES) + 7 and "What was asked for, and what was not: small" in page
-    assert "How the loss fell: aligner, better" in page and "Not the recipe&#x27;s options" in page
+    assert page.count("<svg") == len(toy.POLICIES) + 8 and "What was asked for, and what was not: small" in page
+    assert all(f"How the loss fell: {what}" in page for what in ("supervised, better", "aligner, contrast"))
+    assert "Not the recipe&#x27;s options" in page
     assert "foundation, no answer seen" in page and "Not the recipe's options" in printed
 
 
@@ -231,17 +232,20 @@ def test_a_story_told_again_trains_only_what_would_be_another_model(short, tmp_p
         device, foundation = torch.device("cpu"), tmp_path / "foundation"
         texts = story.pretrain(tmp_path, 0, device, options.reading, options.shape, options=options)
         story.train_policies(tmp_path, foundation, 0, device, options)
-        story.train_aligner(tmp_path / "aligner", foundation, pairs, texts, 0, device, options.steps, options)
+        story.train_aligner(tmp_path, foundation, pairs, texts, 0, device, options.steps, options)
         said = capsys.readouterr().out
         return {name for name in PARTS if f"{tmp_path / name}: finished already" not in said}, said
-    PARTS = ["foundation", "small", "large", "aligner"]
+    PARTS = ["foundation", "small", "large", "supervised", "aligner"]
     pairs = story.write_pairs(tmp_path, 0, questions=short.questions)
     assert trained()[0] == set(PARTS) and trained()[0] == set()
     monkeypatch.setattr(toy, "answer", lambda *args, answer=toy.answer: answer(*args) + " Indeed.")  # the data changes
     again, said = trained()
     assert again == {"small", "large"} and f"{tmp_path / 'large'}: was made with other data; made anew" in said
     again, said = trained(dataclasses.replace(short, text_steps=3))
-    assert again == {"foundation", "large", "aligner"}  # "small" starts from nothing
-    assert "foundation: was made with other data; made anew" in said and "aligner: was made with other" in said
+    assert again == {"foundation", "large", "supervised", "aligner"}  # "small" starts from nothing
+    assert "foundation: was made with other data; made anew" in said and "supervised: was made with other" in said
     again, said = trained(dataclasses.replace(short, text_steps=3, aligner_lr=1e-4))
-    assert again == {"aligner"} and "aligner: was made with other lr (0.003, now 0.0001); made anew" in said
+    assert again == {"supervised", "aligner"}
+    assert "supervised: was made with other lr (0.003, now 0.0001); made anew" in said
+    again, said = trained(dataclasses.replace(short, text_steps=3, aligner_lr=1e-4, contrast_lr=1e-3))
+    assert again == {"aligner"} and "aligner: was made with other lr (0.0003, now 0.001); made anew" in said
