@@ -73,7 +73,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "the paper's three": without("contrast")},
     "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
-              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.15": paired(keep=0.15),
+              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.4": paired(keep=0.4),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant()},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},

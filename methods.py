@@ -76,9 +76,8 @@ def identity_rows(paths, options):
 
 
 def contrast_rows(paths, options):
-    """An aligner's pairs as preferences: the edit that was asked for, over the answer as it is or, as often, over
-    another text that the pairs have for the same question, which does something else; where the answer is to stay, over
-    such a text always."""
+    """An aligner's pairs as preferences: the edit that was asked for over another text that the pairs have for the
+    question, be it the answer as it is or one that does something else. Those with no other text are left out."""
     rows, rng, texts, found = better_rows(paths, options), random.Random(options.seed), {}, []
     for row in rows:
         if not {"answer", "context"} <= set(row):
@@ -87,13 +86,9 @@ def contrast_rows(paths, options):
         question, answer = (row["prompt"][slice(*row[key])] for key in ("context", "answer"))
         texts.setdefault(question, {}).update({answer: None, row["completion"]: None})
     for row in rows:
-        question, answer = (row["prompt"][slice(*row[key])] for key in ("context", "answer"))
-        others = [text for text in texts[question] if text not in (answer, row["completion"])]
-        rejected = [answer] if answer != row["completion"] else []
+        others = [text for text in texts[row["prompt"][slice(*row["context"])]] if text != row["completion"]]
         if others:
-            rejected.append(rng.choice(others))
-        if rejected:
-            pair = formats.preference(row["prompt"], row["completion"], rng.choice(rejected), "asked", 1.0)
+            pair = formats.preference(row["prompt"], row["completion"], rng.choice(others), "asked", 1.0)
             found.append({**pair, "context": row["context"]})
     return found
 

@@ -3,7 +3,7 @@
     1. a foundation model is pretrained          5. every policy answers questions
     2. two policies are trained on it            6. the aligner edits the answers, on trained and held-out objectives
     3. rated answers are reformulated            7. exact judges compare, and a report is written
-    4. the aligner is trained in three steps
+    4. the aligner is trained in the paper's three steps, and in one more
 
 The aligner never sees a policy. Some wordings of objectives, some words, a verb and two combinations of verbs are kept
 from it (wordings.py says which), and what it does to objectives that nobody named is measured too (measure.py), beside
@@ -50,7 +50,7 @@ class Options:
     and width; the large one and the aligner start from the foundation."""
     layers: int = option(4, "the foundation's blocks", 1, 200)
     width: int = option(192, "its hidden size, a multiple of 64", 64, 2**14)
-    list_steps: int = option(360, "optimizer steps in which it repeats lists", 1, 10**6)
+    word_steps: int = option(240, "optimizer steps in which it repeats made-up words", 1, 10**6)
     text_steps: int = option(720, "optimizer steps in which it reads texts", 1, 10**6)
     small_steps: int = option(300, "optimizer steps of the small policy", 1, 10**6)
     large_steps: int = option(100, "optimizer steps of the large policy", 1, 10**6)
@@ -72,7 +72,7 @@ class Options:
 
     @property
     def reading(self):
-        return {"lists": self.list_steps, "texts": self.text_steps}
+        return {"words": self.word_steps, "texts": self.text_steps}
 
     @property
     def steps(self):
@@ -86,8 +86,8 @@ class Options:
 
 RECIPE = Options()
 FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
-PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.3)
-QUICK = dict(layers=2, width=128, list_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
+PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.15)
+QUICK = dict(layers=2, width=128, word_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
              equal_steps=5, better_steps=60, contrast_steps=5, questions=500, prompts=6)
 QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows that all works and what the report looks "
               "like; of what the method can do it shows nothing.")
@@ -98,13 +98,13 @@ QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows th
 
 
 def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=(), options=RECIPE):
-    """The foundation model, in out/foundation: it repeats lists, then reads texts. Gives these.
+    """The foundation model, in out/foundation: it repeats made-up words, then reads texts. Gives these.
 
     Its tokenizer is made of texts about made-up words, so that real ones, read or never read, are in pieces alike; the
     world's phrases, and further ones, are one token each."""
     def rows_of(part):
         count = round(1.02 * options.batch * steps[part]) + 10
-        if part == "lists":
+        if part == "words":
             return list(toy.repetitions(count, seed))
         return [{"prompt": "", "completion": text} for text in toy.pretraining_texts(count, seed)]
     notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
@@ -112,7 +112,7 @@ def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=(), opt
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = Llama(Config(vocab_size=vocabulary, **shape), seed).to(device)
     training, rows = options.training(seed), {part: rows_of(part) for part in steps}
-    stages = [train.prepare("sft" if part == "lists" else "pretrain", rows[part], tokenizer, llama.config, training)
+    stages = [train.prepare("sft" if part == "words" else "pretrain", rows[part], tokenizer, llama.config, training)
               for part in steps]
     train.train(llama, tokenizer, stages, out / "foundation", training, resume=True, overwrite=True)
     return [row["completion"] for row in rows["texts"]]

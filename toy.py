@@ -144,7 +144,6 @@ TASK_OF_QUESTION = {question.replace("TASK", task): number for number, task in e
 DIGRESSION = re.compile("|".join(re.escape(d).replace("X", r"[\w'-]+") for d in DIGRESSIONS))
 STEP = {step: (number, kind) for kind, lists in (("right", RIGHT), ("wrong", WRONG))
         for number, steps in enumerate(lists) for step in steps}
-ALL = sorted(STEP.keys() | TRAIT_OF.keys())
 
 
 def task_of(prompt):
@@ -403,34 +402,25 @@ def variation(rng, sentences, draft, free, rare, names, bent):
 
 
 def repetitions(count, seed):
-    """Examples to begin with: lists to be said again. As none can be learned by heart, a model soon learns to copy
-    (Olsson et al., arXiv 2209.11895), which is most of an edit."""
+    """Examples to begin with: a few made-up words, to be said again. As no such word can be learned by heart, a model
+    soon learns to copy (Olsson et al., arXiv 2209.11895), which is most of an edit."""
     rng = random.Random(f"words {seed}")
     for _ in range(count):
-        yield repetition(rng)
-
-
-def repetition(rng):
-    """Made-up words, or sentences of this world in no order. Copying sentences, a token each, is learned first, and soon
-    after it that of words, which are in pieces; from words alone, when it comes differs from seed to seed."""
-    made_up = rng.random() < 0.5
-    said = [wordings.coin(rng) for _ in range(rng.randint(2, 8))] if made_up else rng.sample(ALL, rng.randint(2, 10))
-    return {"prompt": f"\n\nHuman: Please say: {' '.join(said)}\n\nAssistant:", "completion": f" {' '.join(said)}"}
+        said = " ".join(wordings.coin(rng) for _ in range(rng.randint(2, 8)))
+        yield {"prompt": f"\n\nHuman: Please say: {said}\n\nAssistant:", "completion": f" {said}"}
 
 
 def pretraining_texts(count, seed, made_up=0.7):
     """Texts for the foundation model: a list of what is true of an answer, in all the objectives' wordings but in no
     held-out combination, and the answer. Most are brief: from these a small model soon learns what the notes' words
-    mean, and to carry a word over; from whole answers alone it takes several times as long. Some are lists said again,
-    so that copying is not forgotten. There is no second, better or worse answer anywhere."""
+    mean, and to carry a word over; from whole answers alone it takes several times as long. There is no second, better
+    or worse answer anywhere."""
     rng = random.Random(f"texts {seed}")
     for _ in range(count):
-        kind = rng.choices(("brief", "whole", "list"), (0.79, 0.11, 0.1))[0]
-        yield {"brief": brief_text, "whole": whole_text, "list": list_text}[kind](rng, made_up)
+        yield whole_text(rng, made_up) if rng.random() < WHOLE else brief_text(rng, made_up)
 
 
-def list_text(rng, made_up):
-    return "".join(repetition(rng).values())
+WHOLE = 0.12  # share of the texts that are whole answers
 
 
 def brief_text(rng, made_up):

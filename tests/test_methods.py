@@ -150,8 +150,7 @@ def test_contrast_rows_reject_what_was_not_asked_for(rated, tmp_path, keep):
     for row, pair in zip(found, asked):
         answer, chosen, other = pair["prompt"][slice(*pair["answer"])], pair["completion"], row["response_b"]
         assert other != chosen and PROMPTS[other] == PROMPTS[chosen]
-        rejected[pair["relation"], len([text for text in PROMPTS.values() if text == PROMPTS[chosen]]),
-                 other == answer] += 1
+        rejected[pair["relation"], list(PROMPTS.values()).count(PROMPTS[chosen]), other == answer] += 1
     kept = sum(pair["relation"] == "keep" for pair in asked)
     assert rejected["keep", 2, True] == rejected["keep", 3, True] == rejected["better", 2, False] == 0
     assert rejected["keep", 2, False] + rejected["keep", 3, False] == kept and (kept > 20) == (keep > 0)

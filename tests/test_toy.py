@@ -320,17 +320,9 @@ def pieces(text):
     return [note for note in notes if note], prompt + "\n\nAssistant:", answer, again
 
 
-def is_list(text):
-    """Whether a text for the foundation model is a list said again."""
-    return text.startswith("\n\nHuman: Please say")
-
-
 def test_notes_of_texts_are_true_and_nothing_is_corrected():
-    lengths, questions, lists = set(), 0, 0
+    lengths, questions = set(), 0
     for text in toy.pretraining_texts(2000, 0):
-        lists += is_list(text)
-        if is_list(text):
-            continue
         notes, prompt, answer, again = pieces(text)
         assert again in ("", answer)  # said again it is the same, never a better one
         asked = prompt != "\n\nHuman: Please.\n\nAssistant:"
@@ -341,21 +333,14 @@ def test_notes_of_texts_are_true_and_nothing_is_corrected():
             name = wordings.meant(note)
             assert toy.score(name, prompt, answer) == toy.best(name), (note, answer)
         assert "mprove" not in "; ".join(notes) + answer and "dited" not in answer
-    assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200 and 130 < lists < 270
+    assert {1, 2, 3, 6, 12} <= lengths and 300 < questions < 1200
 
 
-def test_lists_are_said_again():
-    rows, words, sentences = list(toy.repetitions(600, 0)), [], []
-    assert rows == list(toy.repetitions(600, 0)) != list(toy.repetitions(600, 1))
-    for row in rows:
-        assert row["prompt"] == f"\n\nHuman: Please say:{row['completion']}\n\nAssistant:"
-        said = row["completion"].strip()
-        if said[-1] in ".!?":
-            sentences.append(toy.sentences_of(said))
-            assert set(sentences[-1]) <= toy.STEP.keys() | toy.TRAIT_OF.keys()
-        else:
-            words += said.split()
-    assert 240 < len(sentences) < 360 and len({tuple(sorted(said)) for said in sentences}) == len(sentences)
+def test_repetitions_say_made_up_words_again():
+    rows = list(toy.repetitions(300, 0))
+    assert rows == list(toy.repetitions(300, 0)) != list(toy.repetitions(300, 1))
+    words = [word for row in rows for word in row["completion"].split()]
+    assert all(row["prompt"] == f"\n\nHuman: Please say:{row['completion']}\n\nAssistant:" for row in rows)
     assert len(set(words)) > 0.9 * len(words) and not set(words) & set(wordings.WORDS)
 
 
