@@ -10,8 +10,8 @@ examples:
 FOLDER is a Hugging Face folder of a Llama, Qwen2, Qwen3 or Mistral; for pretrain, one with config.json and
 tokenizer.json alone starts from scratch.
 pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better one after another,
-the three steps of MetaAligner. Every run writes OUT/metrics.jsonl, a row per step, and OUT/run.json, what was asked for
-and what came of it; after a kill, --resume goes on. A folder with another run is refused; --overwrite replaces that.
+MetaAligner's three steps; contrast goes on from there. Every run writes OUT/metrics.jsonl, a row per step, and
+OUT/run.json, what was asked for and what came of it. --resume goes on after a kill, --overwrite replaces another run.
 """
 # A method is one data function and one loss function: methods.py lists them. The rest, from bf16 and accumulation to
 # resuming, is `train`, read from top to bottom. A step is `batch` examples, cut into micro-batches of at most
