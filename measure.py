@@ -9,6 +9,7 @@ MetaAligner's paper measures objectives that are named in the prompt. The figure
     kept       share of the answer's sentences that stand in the edit, in the same order
     beyond     sentences taken out or put in beyond those of the smallest edit that does what was asked
     garbled    edits with a new sentence that this world does not know, or about a word that nobody has named
+    repeated   edits that say again what they have said, more often than the answer does
 
 Nothing that is asked for "in pretraining only" is in a pair: of these wordings, and this verb, the foundation has read
 in texts that correct no answer.
@@ -140,7 +141,8 @@ def look(item):
     found = {"net": [(b < a) - (b > a) for b, a in asked],
              "worse": [b > a for b, a in unnamed], "moved": [b != a for b, a in unnamed],
              "kept": [same / len(old)] if old else [],
-             "garbled": [not new or any(garbled(sentence, item) for sentence in set(new) - set(old))]}
+             "garbled": [not new or any(garbled(sentence, item) for sentence in set(new) - set(old))],
+             "repeated": [len(new) - len(set(new)) > len(old) - len(set(old))]}
     if not room:
         found["unchanged"] = [before == after]
     elif len(item["names"]) == 1 and scores[room[0]][1] == toy.best(room[0]):
@@ -158,7 +160,7 @@ def garbled(sentence, item):
     return not any(toy.mentions(known, word) for word in re.findall(r"[\w'-]+", sentence) if word.lower() not in PLAIN)
 
 
-FIGURES = ("net", "worse", "moved", "unchanged", "kept", "beyond", "garbled")
+FIGURES = ("net", "worse", "moved", "unchanged", "kept", "beyond", "garbled", "repeated")
 
 
 def figures(items, seed=0):
@@ -220,8 +222,8 @@ LEGEND = """
 net: wins - losses on what was asked, where it could be better; worse, moved: unnamed objectives made worse, and
 changed either way; unchanged: answers left as they are where nothing asked could improve; kept: sentences of the
 answer that survive in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done);
-garbled: edits with a sentence that makes no sense. All in %, but for beyond. In pretraining only: in wordings, or
-by a verb, of which the foundation has read, while no pair asks so"""
+garbled: edits with a sentence that makes no sense; repeated: with one said again. All in %, but for beyond. In
+pretraining only: in wordings, or by a verb, of which the foundation has read, while no pair asks so"""
 
 
 def as_text(value, figure):

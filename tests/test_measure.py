@@ -113,7 +113,8 @@ def test_a_joke_appended():
     before = text(*STEPS[:2], BOAST)
     after = text(before, JOKE)
     found = looked(["humour"], before, after)
-    assert found == {"net": [1], "worse": [0] * 8, "moved": [0] * 8, "kept": [1], "garbled": [0], "beyond": [0]}
+    assert found == {"net": [1], "worse": [0] * 8, "moved": [0] * 8, "kept": [1], "garbled": [0], "repeated": [0],
+                     "beyond": [0]}
     found = looked(["polite", "honest"], before, after)  # asked for otherwise, it is a thing that nobody wanted
     assert found["net"] == [0, 0] and sum(found["moved"]) == 1 and sum(found["worse"]) == 0
     assert len(found["moved"]) == 7 and "beyond" not in found and "unchanged" not in found
@@ -154,6 +155,14 @@ def test_an_edit_is_garbled_where_it_makes_no_sense(sentence, garbled):
     assert found["garbled"] == [garbled]
 
 
+@pytest.mark.parametrize("before, after, repeated", [
+    ((0, 1), (0, 1, 0), 1), ((0, 1), (0, 2, 2, 1), 1), ((0, 0), (0, 0, 1), 0), ((0, 0), (0, 0, 0), 1),
+    ((0, 0), (1, 1), 0), ((0, 1), (1, 0), 0)])
+def test_an_edit_repeats_itself_where_it_says_more_again_than_the_answer_did(before, after, repeated):
+    before, after = (text(*(STEPS[place] for place in places)) for places in (before, after))
+    assert looked(["humour"], before, after)["repeated"] == [repeated]
+
+
 def test_what_made_no_sense_before_the_edit_is_not_the_edits_doing():
     before = text("Boil boil water.", KITES)
     assert looked(["humour"], before, text(before, JOKE))["garbled"] == [0]
@@ -174,7 +183,7 @@ def test_an_empty_edit():
     assert looked(["humour"], before, "") | {"garbled": 0} == {
         "net": [], "worse": [name == "helpful" for name in toy.NAMED if name != "humour"],
         "moved": [name == "helpful" for name in toy.NAMED if name != "humour"], "kept": [0], "garbled": 0,
-        "unchanged": [0]}
+        "unchanged": [0], "repeated": [0]}
 
 
 def test_an_empty_edit_takes_out_what_there_was_and_puts_in_nothing():
@@ -247,7 +256,7 @@ def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
     assert lines["asked for"] == list(measure.FIGURES) and list(lines)[1:] == list(table)
     assert dict(zip(measure.FIGURES, lines["all nine"])) == {
         "net": "+100", "worse": "0.0", "moved": "0.0", "unchanged": "-", "kept": "100.0", "beyond": "0.0",
-        "garbled": "0.0"}
+        "garbled": "0.0", "repeated": "0.0"}
     cells = re.findall(r"<td[^>]*>(.*?)</td>", measure.html(table))
     assert cells[:5] == ["all nine", "+100", "0.0", "0.0", "-"]
     assert "[" in measure.html({"all": {"net": {"mean": 5, "interval": [1, 9]}}})
