@@ -76,20 +76,23 @@ def identity_rows(paths, options):
 
 
 def contrast_rows(paths, options):
-    """An aligner's pairs as preferences: the edit that was asked for over another text that the pairs have for the
-    question, be it the answer as it is or one that does something else. Those with no other text are left out."""
-    rows, rng, texts, found = better_rows(paths, options), random.Random(options.seed), {}, []
-    for row in rows:
-        if not {"answer", "context"} <= set(row):
-            raise UserError(f"{paths[0]}: its rows do not say where question and answer are in the prompt ('context', "
-                            "'answer': [start, end]); make them with `python data.py reformulate`")
-        question, answer = (row["prompt"][slice(*row[key])] for key in ("context", "answer"))
-        texts.setdefault(question, {}).update({answer: None, row["completion"]: None})
-    for row in rows:
-        others = [text for text in texts[row["prompt"][slice(*row["context"])]] if text != row["completion"]]
-        if others:
-            pair = formats.preference(row["prompt"], row["completion"], rng.choice(others), "asked", 1.0)
-            found.append({**pair, "context": row["context"]})
+    """An aligner's pairs as preferences: the edit that was asked for over the answer as it is or, as often, over one
+    more of the same rated answers, which does something else. Where the answer is to stay, over such a one."""
+    rows, rng, found = better_rows(paths, options), random.Random(options.seed), []
+    if not all({"answer", "context"} <= set(row) for row in rows):
+        raise UserError(f"{paths[0]}: its rows do not say where question and answer are in the prompt ('context', "
+                        "'answer': [start, end]); make them with `python data.py reformulate`")
+    for _, group in itertools.groupby(rows, lambda row: row["prompt"][slice(*row["context"])]):
+        pairs = [(row, row["prompt"][slice(*row["answer"])]) for row in group]  # of one rated row: they stand together
+        texts = list(dict.fromkeys(text for row, answer in pairs for text in (answer, row["completion"])))
+        for row, answer in pairs:
+            others = [text for text in texts if text not in (answer, row["completion"])]
+            rejected = [answer] if answer != row["completion"] else []
+            if others:
+                rejected.append(rng.choice(others))
+            if rejected:
+                pair = formats.preference(row["prompt"], row["completion"], rng.choice(rejected), "asked", 1.0)
+                found.append({**pair, "context": row["context"]})
     return found
 
 

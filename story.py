@@ -157,7 +157,7 @@ def after_a_space(pair):
 
 
 def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS, options=RECIPE):
-    """The aligner, in out/aligner. MetaAligner's steps come first; then, where "contrast" is among the steps, what these
+    """The aligner, in out/aligner. MetaAligner's steps come first; then, where "contrast" is among them, what these
     gave, in out/supervised, learns to prefer the edits that were asked for over others."""
     tokenizer, supervised = checkpoint.load_tokenizer(foundation), dict(steps)
     contrast = supervised.pop("contrast", 0)

@@ -160,6 +160,15 @@ def test_contrast_rows_reject_what_was_not_asked_for(rated, tmp_path, keep):
                                                                "relation": "better"})], Options())
 
 
+def test_contrast_rows_reject_texts_of_the_same_rated_answers(tmp_path):
+    """Though another row has the same question."""
+    rated = [{"prompt": prompt, "responses": [response(f"{mark}{i}", helpful=i) for i in range(3)]}
+             for mark, prompt in (("a", "same?"), ("b", "other?"), ("c", "same?"))]
+    pairs = write(tmp_path / "pairs.jsonl", *data.reformulate(rated, find_objectives(["helpful"])))
+    found = [row for seed in range(20) for row in methods.contrast_rows([pairs], Options(seed=seed))]
+    assert len(found) == 20 * 9 and all(row["response_a"][0] == row["response_b"][0] for row in found)
+
+
 def test_equal_sums_are_no_preference(tmp_path):
     """7 * 0.3 and 3 * 0.7 differ in the last digit of a float."""
     row = {"prompt": "p", "responses": [response("a", helpful=0, honest=7), response("b", helpful=3, honest=0)]}

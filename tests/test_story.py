@@ -152,7 +152,8 @@ def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monke
                                     max_position_embeddings=1024)
     small = {name: value for name, value in story.shape_of(96, 2).items() if value != story.FOUNDATION[name]}
     assert small == dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3)
-    assert story.STEPS == {"identity": 40, "equal": 10, "better": 880, "contrast": 160} and story.READING == {"words": 240, "texts": 720}
+    assert story.STEPS == {"identity": 40, "equal": 10, "better": 880, "contrast": 160}
+    assert story.READING == {"words": 240, "texts": 720}
     training = story.RECIPE.training(5)
     assert (training.lr, training.batch, training.seed, training.weight_decay, training.max_steps) == (
         3e-3, 32, 5, 0.01, 0)
