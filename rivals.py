@@ -4,8 +4,8 @@
     start                nothing: the policy that all begin from
     best-of-n            the best of n of its answers by the scorers                           n
     self-refinement      it edits its own answers with the aligner's prompt
-    metaaligner          one aligner, told all objectives in words                             which pairs (contrast: and
-                                                                                               the fourth step); how long
+    metaaligner          one aligner, told all objectives in words                             pairs (contrast: 4th step
+                                                                                               as well); how long
     aligner              one aligner, told nothing: it edits towards the weighted sum
     dpo, ipo, copg, ...  trained on pairs labelled by the weighted sum                         beta
     dpo on raw sums      the paper's "MODPO" column: scores as they are, certain labels, ties broken
