@@ -350,9 +350,10 @@ def read_pairs(path, relation=None, skipped=None, source=None):
         if "label" in row and not field(row, "label", where, bool):
             skipped["their label is false"] += 1
             continue
-        row = {key: value for key, value in row.items() if value is not None and key not in ("chosen", "rejected")}
+        there = [key for key, value in row.items() if value is not None]
+        row = {key: row[key] for key in there if key not in ("chosen", "rejected")}
         if not {"prompt", "completion"} <= set(row):
-            raise UserError(f"{where}: no prompt and completion, but {shorten(row)}; make examples with "
+            raise UserError(f"{where}: no prompt and completion, but {shorten(there) or 'nothing'}; make examples with "
                             "`python data.py reformulate FILE --out pairs.jsonl`")
         prompt, completion = prompt_text(row, "prompt", where), answer_text(row, "completion", where)
         for key in [key for key in ("context", "answer") if key in row]:

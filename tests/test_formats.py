@@ -540,3 +540,9 @@ def test_real_preferences(shared):
     assert all(0 <= row["p_a"] <= 1 for row in rows)
     rows = list(formats.read_preferences(shared / "data/auto-j/human-pairwise.jsonl.gz"))
     assert len(rows) == 1392 and {row["p_a"] for row in rows} == {0.0, 0.5, 1.0}
+
+
+def test_rows_that_are_no_pairs_are_told_by_their_keys(tmp_path):
+    path = write(tmp_path / "hh.jsonl", {"chosen": "a", "rejected": "b", "score": None})
+    with pytest.raises(UserError, match="no prompt and completion, but chosen, rejected; make"):
+        list(formats.read_pairs(path))
