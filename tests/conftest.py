@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import resume  # noqa: E402
 
 torch.set_num_threads(1)  # the models of the tests are too small for more
 
@@ -46,6 +47,18 @@ def run(module, monkeypatch, words):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def interrupt_at_state(patch, number):
+    """A run is interrupted, as by Ctrl-C, when it has saved so many states."""
+    save, states = resume.Run.save, []
+
+    def count(run, **parts):
+        save(run, **parts)
+        states.append(1)
+        if len(states) == number:
+            raise KeyboardInterrupt
+    patch.setattr(resume.Run, "save", count)
 
 
 def refused(module, monkeypatch, capsys, words, *expected):

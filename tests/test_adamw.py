@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import adamw
-import resume
 import toy
 import train
 from common import UserError
+from conftest import interrupt_at_state
 from test_train import FAST, random_examples, timeless, tiny
 from train import Options, Stage
 
@@ -62,17 +62,9 @@ def test_bf16_moments_reach_the_same_loss_and_resume(tmp_path, monkeypatch):
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, trained("fp32"))]
     start, reached = losses[0][0], [sum(column[-16:]) / 16 for column in losses]
     assert start - reached[1] > 0.5 and abs(reached[0] - reached[1]) < 0.02 * (start - reached[1])
-    save, saved = resume.Run.save, []
-
-    def stop_after_five(run, **parts):
-        save(run, **parts)
-        saved.append(1)
-        if len(saved) == 5:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(resume.Run, "save", stop_after_five)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_state(patch, 5)
         trained("killed", bf16_moments=True)
-    monkeypatch.setattr(resume.Run, "save", save)
     assert timeless(trained("killed", True, bf16_moments=True)) == timeless(whole)
 
 

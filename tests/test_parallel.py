@@ -22,7 +22,7 @@ import resume
 import reward
 import train
 from common import UserError, read_options, write_jsonl
-from conftest import refused, run
+from conftest import interrupt_at_state, refused, run
 from model import Config, Llama
 from test_train import ROOT, metrics, random_examples, world  # noqa: F401 (a fixture)
 from train import METHODS, Options, Stage
@@ -133,14 +133,7 @@ def together(world, killed, tmp_path_factory):
 
 def stopped(patch, world, out):
     """A run of one process that ends after its third state."""
-    save, states = resume.Run.save, []
-
-    def third(run, **parts):
-        save(run, **parts)
-        states.append(1)
-        if len(states) == 3:
-            raise KeyboardInterrupt
-    patch.setattr(resume.Run, "save", third)
+    interrupt_at_state(patch, 3)
     assert run(train, patch, words_of(world, LONG, out)) == 130
 
 

@@ -124,14 +124,7 @@ def together(world, killed, tmp_path_factory):
 
 def stopped(patch, world, out):
     """A run of one process that ends after its third state."""
-    save, states = resume.Run.save, []
-
-    def third(run, **parts):
-        save(run, **parts)
-        states.append(1)
-        if len(states) == 3:
-            raise KeyboardInterrupt
-    patch.setattr(resume.Run, "save", third)
+    conftest.interrupt_at_state(patch, 3)
     assert run(patch, command(world, out, *LONG)) == 130
 
 
