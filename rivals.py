@@ -289,7 +289,7 @@ def metaaligner(world, weights, knob, answers=None):
     if kind == "contrast":
         write_jsonl(world.out / f"{label}.jsonl", pairs)
         rows = methods.contrast_rows([world.out / f"{label}.jsonl"], replace(POLICY, seed=world.seed))
-        more = fit(world, label, "contrast", rows, world.out / supervised, times, beta=0.2, sft_coef=0.1)
+        more = fit(world, label, "contrast", rows, world.out / supervised, times, **story.CONTRAST)
         costs = {name: costs[name] + more[name] for name in costs}
     asked = [TEXTS[name] for name, weight in weights.items() if weight]
     return edited(world, Writer(world.out / label, world.device), answers or world.answers, asked, costs)

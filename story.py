@@ -87,6 +87,7 @@ class Options:
 RECIPE = Options()
 FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
 PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.15)
+CONTRAST = dict(beta=0.2, sft_coef=0.1)  # of the fourth step
 QUICK = dict(layers=2, width=128, word_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
              equal_steps=5, better_steps=60, contrast_steps=5, questions=500, prompts=6)
 QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows that all works and what the report looks "
@@ -174,7 +175,7 @@ def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS, opti
     last = out / ("supervised" if contrast else "aligner")
     fit(foundation, last, supervised, options.training(seed, lr=options.aligner_lr, warmup_data=0.5), texts[:2000])
     if contrast:
-        preferring = options.training(seed, lr=options.contrast_lr, beta=0.2, sft_coef=0.1)
+        preferring = options.training(seed, lr=options.contrast_lr, **CONTRAST)
         fit(last, out / "aligner", {"contrast": contrast}, preferring, [])
 
 
