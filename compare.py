@@ -77,13 +77,15 @@ def shown(world, entry, asked=OBJECTIVES, before=None):
     stand = [measure.in_common(*map(toy.sentences_of, texts)) / max(1, len(toy.sentences_of(texts[0])))
              for texts in zip(before, entry.answers)]
     means = [sum(row) / len(row) for row in gains(world, entry, asked, before)]
+    win, over_golden = ([wins(name, world.prompts, entry.answers, others) for name in asked]
+                        for others in (before, golden))
     return {"gain": sum(each) / len(each), "worst": min(each), "worst objective": asked[each.index(min(each))],
             "interval": [end / 100 for end in mean_and_interval(means, list(range(len(means))))[1]],
-            "win": sum(wins(name, world.prompts, entry.answers, before) for name in asked) / len(asked),
-            "win, golden": sum(wins(name, world.prompts, entry.answers, golden) for name in asked) / len(asked),
+            "win": sum(win) / len(win), "win, golden": sum(over_golden) / len(over_golden),
             "spoilt": 100 * sum(spoilt) / len(spoilt), "nats": entry.nats, "kept": 100 * sum(stand) / len(stand),
             "tokens": entry.costs["tokens"] / 1000, "seconds": entry.costs["seconds"], "fresh": entry.costs["fresh"],
-            "passes": entry.draws, "written": entry.written / len(entry.answers), **dict(zip(asked, each))}
+            "passes": entry.draws, "written": entry.written / len(entry.answers),
+            "each": {name: list(found) for name, *found in zip(asked, each, win, over_golden)}}
 
 
 def hypervolume(points, corner=CORNER):
@@ -203,6 +205,16 @@ def main_table(results):
     return ["", *FIGURES], rows
 
 
+def objective_table(results):
+    """Per objective: gain, wins against the start and wins against golden answers; means over the seeds."""
+    rows = []
+    for label in results[0]["table"]:
+        seeds = [result["table"][label]["each"] for result in results]
+        means = [[sum(found[name][i] for found in seeds) / len(seeds) for i in range(3)] for name in OBJECTIVES]
+        rows.append([label, *("{:+.2f}, {:.0f}, {:.0f}".format(*mean) for mean in means)])
+    return ["", *OBJECTIVES], rows
+
+
 def price_table(results):
     """Table 1's columns with what each costs, of those that train or were measured on what is new."""
     rows = []
@@ -254,7 +266,7 @@ def front_chart(points):
 
 def report(out, results, quick):
     """The page, the JSON beside it, and the tables as a text."""
-    main, prices_, front = main_table(results), price_table(results), front_table(results)
+    main, each, prices_, front = (table(results) for table in (main_table, objective_table, price_table, front_table))
     mean_front = {name: [tuple(sum(axis) / len(results) for axis in zip(*spots)) for spots in
                          zip(*(result["fronts"][name] for result in results))] for name in results[0]["fronts"]}
     note = ("One seed, short trainings: an impression, no result." if quick else
@@ -262,13 +274,14 @@ def report(out, results, quick):
             f"{len(results)} seeds; ± is a 95 % interval over seeds (Student).")
     parts = [f"<p>{note} Asked for: {', '.join(OBJECTIVES)}.</p>",
              "<h2>Five objectives at once</h2>", html_table(*main),
+             "<h2>Each of them: gain, % wins against the start, % wins against golden answers</h2>", html_table(*each),
              "<h2>What is new costs (MetaAligner's Table 1)</h2>", html_table(*prices_),
              "<h2>Helpful against brief: two objectives that conflict</h2>", front_chart(mean_front),
              html_table(*front),
              f"<pre>{escape(__doc__[__doc__.index('    gain'):])}</pre>"]
     write_page(out / "report.html", "nanoalign: the rivals, measured", parts)
     write_jsonl(out / "results.json", [results])
-    return f"{note}\n\n" + "\n\n".join(text_table(*table) for table in (main, prices_, front))
+    return f"{note}\n\n" + "\n\n".join(text_table(*table) for table in (main, each, prices_, front))
 
 
 def main():

@@ -91,8 +91,8 @@ def hand_made():
 
 def test_figures_are_those_counted_by_hand(hand_made):
     found = shown(hand_made, Entry(AFTER, {"tokens": 1500, "seconds": 2.5, "fresh": 7}, written=11, nats=0.25))
-    assert {name: found[name] for name in OBJECTIVES} == {
-        "helpful": 0.25, "harmless": 1.0, "honest": 0.5, "humour": 2.0, "polite": 0.5}
+    assert {name: each[:2] for name, each in found["each"].items()} == {
+        "helpful": [0.25, 75], "harmless": [1.0, 75], "honest": [0.5, 75], "humour": [2.0, 75], "polite": [0.5, 100]}
     assert found["gain"] == pytest.approx(0.85) and found["win"] == pytest.approx((4 * 75 + 100) / 5)
     assert (found["worst"], found["worst objective"]) == (0.25, "helpful")
     assert found["spoilt"] == 100 * 2 / 8 and found["kept"] == pytest.approx(100 * (1 / 3 + 2 / 3) / 2)
@@ -114,15 +114,18 @@ def test_what_is_better_gains_what_is_worse_loses_as_much_and_the_same_is_neithe
 
 def test_only_what_was_asked_for_counts_as_gained_and_is_not_spoilt(hand_made):
     one = shown(hand_made, Entry(AFTER), asked=["humour"])
-    assert one["gain"] == one["worst"] == one["humour"] == 2 and one["win"] == 75 and "helpful" not in one
+    assert one["gain"] == one["worst"] == one["each"]["humour"][0] == 2 and one["win"] == 75
+    assert list(one["each"]) == ["humour"]
     more = shown(hand_made, Entry(AFTER), asked=[*OBJECTIVES, UNSEEN])
-    assert more[UNSEEN] == -0.5 == more["worst"] and more["spoilt"] == pytest.approx(100 * 1 / 6)
+    assert more["each"][UNSEEN][:2] == [-0.5, 25] and more["worst"] == -0.5
+    assert more["spoilt"] == pytest.approx(100 * 1 / 6)
 
 
 def test_golden_answers_draw_with_golden_ones(hand_made):
     rng = random.Random(f"golden {hand_made.seed}")
     golden = [toy.golden(prompt, rng) for prompt in hand_made.prompts]
-    assert shown(hand_made, Entry(golden))["win, golden"] == 50
+    drawn = shown(hand_made, Entry(golden))
+    assert drawn["win, golden"] == 50 and all(each[2] == 50 for each in drawn["each"].values())
     best = [" ".join([*toy.RIGHT[toy.task_of(prompt)], toy.SENTENCES["joke"][0], toy.SENTENCES["courtesy"][0]])
             for prompt in hand_made.prompts]
     wins = [[toy.best(name) > toy.score(name, *pair) for pair in zip(hand_made.prompts, golden)]
@@ -418,7 +421,8 @@ def test_an_aligner_learns_to_edit_towards_the_weighted_sum(world, untrained):
 
 def result(shift=0.0, names=("start", "metaaligner dominance x4", "dpo 0.1", "dpo 0.5", "ric x4")):
     """What a seed gives, made by hand."""
-    figures = dict.fromkeys(compare.FIGURES, 1.0) | {"interval": [-0.5, 0.25], "nats": None}
+    each = {objective: [place + shift, 60 + shift, 40.0] for place, objective in enumerate(OBJECTIVES)}
+    figures = dict.fromkeys(compare.FIGURES, 1.0) | {"interval": [-0.5, 0.25], "nats": None, "each": each}
     table = {name: {**figures, "gain": place + shift, "seconds": 10.0 * place} for place, name in enumerate(names)}
     fronts = {"ric": [(0.0, shift), (-1.0, -1.0)], "dpo": [(1.0, 1.0)]}
     return {"table": table, "fronts": fronts, "prices": {"metaaligner": {"new policy": 0.5, "new objective": 60.0}}}
@@ -432,6 +436,12 @@ def test_tables_tell_means_and_students_intervals_over_seeds():
     assert rows[0][head.index("nats")] == "-" and rows[0][head.index("win")] == "1.0 ±0.0"
     assert compare.main_table([result()])[1][2][1] == "2.00 [-0.50, +0.25]"
     assert compare.front_table([result(0.0), result(1.0)])[1] == [["dpo", "16.00 ±0.00"], ["ric", "10.50 ±19.06"]]
+
+
+def test_each_objective_has_its_means_over_seeds():
+    head, rows = compare.objective_table([result(0.0), result(1.0)])
+    assert head == ["", *OBJECTIVES] and [row[0] for row in rows] == [*result()["table"]]
+    assert all(row[1:] == [f"+{place}.50, 60, 40" for place in range(5)] for row in rows)  # 60.5 to the even digit
 
 
 def test_prices_are_of_those_that_train_by_the_first_value_of_their_knob():
