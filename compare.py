@@ -85,7 +85,7 @@ def shown(world, entry, asked=OBJECTIVES, before=None):
             "spoilt": 100 * sum(spoilt) / len(spoilt), "nats": entry.nats, "kept": 100 * sum(stand) / len(stand),
             "tokens": entry.costs["tokens"] / 1000, "seconds": entry.costs["seconds"], "fresh": entry.costs["fresh"],
             "passes": entry.draws, "written": entry.written / len(entry.answers),
-            "each": {name: list(found) for name, *found in zip(asked, each, win, over_golden)}}
+            "each": {name: found for name, *found in zip(asked, each, win, over_golden)}}
 
 
 def hypervolume(points, corner=CORNER):
@@ -212,7 +212,7 @@ def objective_table(results):
         seeds = [result["table"][label]["each"] for result in results]
         means = [[sum(found[name][i] for found in seeds) / len(seeds) for i in range(3)] for name in OBJECTIVES]
         rows.append([label, *("{:+.2f}, {:.0f}, {:.0f}".format(*mean) for mean in means)])
-    return ["", *OBJECTIVES], rows
+    return ["gain, win, win golden", *OBJECTIVES], rows
 
 
 def price_table(results):

@@ -440,7 +440,7 @@ def test_tables_tell_means_and_students_intervals_over_seeds():
 
 def test_each_objective_has_its_means_over_seeds():
     head, rows = compare.objective_table([result(0.0), result(1.0)])
-    assert head == ["", *OBJECTIVES] and [row[0] for row in rows] == [*result()["table"]]
+    assert head == ["gain, win, win golden", *OBJECTIVES] and [row[0] for row in rows] == [*result()["table"]]
     assert all(row[1:] == [f"+{place}.50, 60, 40" for place in range(5)] for row in rows)  # 60.5 to the even digit
 
 
