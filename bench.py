@@ -325,12 +325,15 @@ def bench_train(folder, device, rates, peer, steps, pairs, tokenizer, model):
     name, config, tokenizer = start(folder, model, tokenizer)
     batches = training_batches(tokenizer, config, completions, pairs, steps)
 
+    def ours(**options):
+        return measure("train_ours", folder, device, batches=batches, **options)
+
     def theirs(way):
         return measure("train_trl", folder, device, peer, batches=batches, eos=end_word(tokenizer, config), **way)
-    compare(f"train: SFT, {name}, real tokens/s", speed,
-            {"": lambda: measure("train_ours", folder, device, batches=batches)},
+    compare(f"train: SFT, {name}, real tokens/s", speed, {"": ours},
             {words: partial(theirs, way) for words, way in TUNING.items() if peer},
             lambda words, run: utilisation(config, batches, run, rates))
+    compare("train: the same, compiled, against not", speed, {"": partial(ours, compile=True)}, {"not compiled": ours})
 
 
 def end_word(tokenizer, config):

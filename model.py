@@ -146,13 +146,13 @@ class Attention(nn.Module):
         self.k_proj.weight.copy_(0.9 * queries.flatten(0, 1) + 0.44 * self.k_proj.weight)
         self.o_proj.weight.copy_(0.3 * values.flatten(0, 1).T)
 
-    def forward(self, x, cos, sin, attend, layer):
+    def forward(self, x, cos, sin):
+        """What is handed to `attend`; what comes of that goes through o_proj."""
         turned, v = (part.unflatten(2, (-1, self.head_dim)) for part in self.project(x))
         if self.q_norm:
             q, k = turned.split(self.heads, 2)
             turned = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        q, k = rotate(turned, cos, sin).split(self.heads, 2)                         # (B, T, H, E), (B, T, G, E)
-        return self.o_proj(attend(layer, q, k, v).flatten(2))                        # (B, T, D)
+        return *rotate(turned, cos, sin).split(self.heads, 2), v                     # (B, T, H, E), (B, T, G, E) twice
 
     def project(self, x):
         """Queries and keys beside each other (B, T, (H + G) * E), and values (B, T, G * E)."""
@@ -176,6 +176,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    parts = None  # (before, after), compiled: see compiled.py
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = Attention(config)
@@ -184,7 +186,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        before, after = self.parts or (Block.before, Block.after)
+        return after(self, x, attend(layer, *before(self, x, cos, sin)))
+
+    def before(self, x, cos, sin):
+        return self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, y):
+        x = x + self.self_attn.o_proj(y.flatten(2))                                  # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

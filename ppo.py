@@ -580,7 +580,7 @@ def run(args, options, device):
     rewards = Together(args.reward, device)
     weights = reward.read_weights(args.weights, rewards.names, rewards.fingerprint)
     policy = train.start_from(args.model, "ppo", device, options)
-    tokenizer = train.load_tokenizer(args.model, policy, options, None if args.overwrite else args.out)
+    tokenizer = chat.load_tokenizer(args.model, policy, options.chat_template, None if args.overwrite else args.out)
     rows = formats.read_all(args.data, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "

@@ -65,6 +65,7 @@ class Options:
     questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
     replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
     prompts: int = option(64, "questions to each policy in the end", 1, 10**6)
+    compile: bool = option(False, "compile the training of foundation and aligner: faster, for who has a C++ compiler")
 
     @property
     def shape(self):
@@ -81,7 +82,8 @@ class Options:
         return {name: count for name, count in steps.items() if count}
 
     def training(self, seed, **more):
-        return train.Options(**{"lr": self.lr, "batch": self.batch, "seed": seed, **COMMON, **more})
+        own = {"lr": self.lr, "batch": self.batch, "compile": self.compile, "seed": seed}
+        return train.Options(**{**own, **COMMON, **more})
 
 
 RECIPE = Options()
@@ -124,7 +126,8 @@ def train_policies(out, foundation, seed, device, options=RECIPE):
     tokenizer = checkpoint.load_tokenizer(foundation)
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
-        training = options.training(seed, max_steps=options.small_steps if name == "small" else options.large_steps)
+        steps = options.small_steps if name == "small" else options.large_steps
+        training = options.training(seed, max_steps=steps, compile=False)
         prompts = [toy.question(rng)[0] for _ in range(training.batch * training.max_steps)]
         rows = [{"prompt": prompt, "completion": f" {toy.answer(name, prompt, rng)}"} for prompt in prompts]
         base = checkpoint.load(foundation, device=device)

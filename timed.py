@@ -16,6 +16,7 @@ import lora
 import ppo
 import toy
 import train
+from compiled import compile_blocks
 from model import Config, Llama, computes_bf16
 from peers import NEW_TOKENS, WARM, once, peak, per_token, run_job, timed_edits, timed_training
 
@@ -61,6 +62,8 @@ def train_large(folder, device, batches, config, options):
 def timed_steps(llama, batches, options, device, method=train.METHODS["sft"]):
     """Steps as train.train takes them, at the highest learning rate, after the reference's log-probabilities."""
     llama.checkpoint_activations = options.checkpoint_activations
+    if options.compile:
+        compile_blocks(llama)
     steps, reference, losses = [examples_from(batch, method.pairs) for batch in batches], 0.0, []
     if method.reference:
         for some in (steps[:WARM], steps[WARM:]):

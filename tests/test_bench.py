@@ -381,13 +381,15 @@ def test_training_is_compared(tmp_path, monkeypatch, capsys, peer):
     """TRL is handed the very batches that ours trains on: 8 examples of BOS, an embedded text and EOS."""
     jobs = []
     monkeypatch.setattr(bench, "measure", lambda kind, folder, *_, **job: jobs.append((kind, job)) or dict(
-        tokens=1000, seconds=2 if kind == "train_ours" else 4 if job["packing"] else 8, peak=3.5))
+        tokens=1000, seconds=1 if "compile" in job else 2 if kind == "train_ours" else 4 if job["packing"] else 8,
+        peak=3.5))
     bench.bench_train(tmp_path, "cpu", RATES, peer, steps=2, pairs=None, tokenizer=None, model=None)
     batches = jobs[0][1]["batches"]
     documents = [document for batch in batches for document in batch]
     assert [len(batch) for batch in batches] == [8] * 4 and len({tuple(ids) for ids, _ in documents}) == 32
     assert all(ids[0] == 1 and ids[-1] == 2 and start == 1 and len(ids) <= bench.MAX_TOKENS for ids, start in documents)
-    line, = words_of(capsys)
+    line, compiled = words_of(capsys)
+    assert compiled.startswith("train: the same, compiled, against not 1,000 500 2.00 x 3 turns")
     assert line.startswith("train: SFT, 40M, real tokens/s 500 250 2.00 x " if peer else
                            "train: SFT, 40M, real tokens/s 500 ")
     assert ("the peer's best is packed" in line) == bool(peer)
