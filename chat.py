@@ -22,11 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from common import UserError, digest, first_line, option
-
-import checkpoint
-import parallel
 from files import kind, lines, read_json, shown
-from resume import read_run
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the files that may hold one
 PLAIN = "or give --chat-template plain"
@@ -110,13 +106,6 @@ def fingerprint(folder, how="auto"):
     """A checksum (text) of the chat template that a model in a folder is asked by; None: none."""
     source = find(folder, how)
     return source and source.digest
-
-
-def load_tokenizer(folder, llama, how, out=None):
-    """The tokenizer in a model's folder, behind its chat template where `how` does not say plain; llama.config is told
-    what ends an answer then. out: the folder of the run, where it goes on."""
-    began = parallel.first(read_run, out).get("began") if out else None
-    return with_template(checkpoint.load_tokenizer(folder, llama), folder, llama.config, how, began)
 
 
 def with_template(tokenizer, folder, config, how="auto", began=None):

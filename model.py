@@ -147,12 +147,11 @@ class Attention(nn.Module):
         self.o_proj.weight.copy_(0.3 * values.flatten(0, 1).T)
 
     def forward(self, x, cos, sin):
-        """What is handed to `attend`; what comes of that goes through o_proj."""
         turned, v = (part.unflatten(2, (-1, self.head_dim)) for part in self.project(x))
         if self.q_norm:
             q, k = turned.split(self.heads, 2)
             turned = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        return *rotate(turned, cos, sin).split(self.heads, 2), v                     # (B, T, H, E), (B, T, G, E) twice
+        return *rotate(turned, cos, sin).split(self.heads, 2), v  # for attend: (B, T, H, E), (B, T, G, E), (B, T, G, E)
 
     def project(self, x):
         """Queries and keys beside each other (B, T, (H + G) * E), and values (B, T, G * E)."""

@@ -45,6 +45,7 @@ import toy
 import train
 from generate import generate
 from model import Packed, chosen_logprobs, device_named, token_logprobs
+from peers import peak
 from resume import Run, for_card, read_metrics
 
 
@@ -200,7 +201,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             if not all(math.isfinite(row[name]) for name in ("kl", "policy_loss", "value_loss", "grad_norm")):
                 raise UserError(f"{out}: iteration {iteration + 1} gives no finite loss; lower --lr or raise --kl-coef")
             run.write(row)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, {train.memory(policy.device)}")
+            bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {kl:.2f}, {peak(policy.device.type):.1f} GiB")
             bar.update()
             course.kl_coef = steered(course.kl_coef, kl, len(rollouts), options)
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
@@ -580,7 +581,7 @@ def run(args, options, device):
     rewards = Together(args.reward, device)
     weights = reward.read_weights(args.weights, rewards.names, rewards.fingerprint)
     policy = train.start_from(args.model, "ppo", device, options)
-    tokenizer = chat.load_tokenizer(args.model, policy, options.chat_template, None if args.overwrite else args.out)
+    tokenizer = train.load_tokenizer(args.model, policy, options, None if args.overwrite else args.out)
     rows = formats.read_all(args.data, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; {len(prompts):,} prompts; "

@@ -16,7 +16,6 @@ from common import (UserError, add_options, check_out, cli, file_digest, in_shor
 import numpy
 import torch
 
-import chat
 import checkpoint
 import data
 import files
@@ -47,7 +46,7 @@ def train_principles(base, rows, out, options, device, overwrite=False, about=No
         checkpoint.check_folder(folder, [base])
     for folder, labels in zip(folders, by_principle.values()):
         llama = train.start_from(base, "reward", device, options)
-        tokenizer = chat.load_tokenizer(base, llama, options.chat_template, None if overwrite else folder)
+        tokenizer = train.load_tokenizer(base, llama, options, None if overwrite else folder)
         stage = train.prepare("reward", labels, tokenizer, llama.config, options)
         about_it = {"base": str(base), "principle": folder.name, "device": str(device), **(about or {})}
         train.train(llama, tokenizer, [stage], folder, options, True, overwrite, about_it, progress)

@@ -65,7 +65,7 @@ class Options:
     questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
     replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
     prompts: int = option(64, "questions to each policy in the end", 1, 10**6)
-    compile: bool = option(False, "compile the training of foundation and aligner: faster, for who has a C++ compiler")
+    compile: bool = option(False, "train foundation and aligner compiled: faster, where there is a C++ compiler")
 
     @property
     def shape(self):

@@ -13,11 +13,10 @@ pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity
 MetaAligner's three steps; contrast goes on from there. Every run writes OUT/metrics.jsonl, a row per step, and
 OUT/run.json, what was asked for and what came of it. --resume goes on after a kill, --overwrite replaces another run.
 """
-# A method is one data function and one loss function: methods.py lists them. The rest, from bf16 and accumulation to
-# resuming, is `train`, read from top to bottom. A step is `batch` examples, cut into micro-batches of at most
-# `micro_tokens` tokens, packed without padding. Which examples a step holds depends on the seed and the step's number
-# alone: that is why a resumed run repeats a killed one. (On a GPU but for the last bits, from which runs drift apart:
-# the backward pass of attention adds up in any order there.)
+# A method is one data function and one loss function (methods.py); the rest, from bf16 to resuming, is `train`. A step
+# is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which examples
+# it holds depends on the seed and its number alone: that is why a resumed run repeats a killed one. (On a GPU but for
+# the last bits, from which runs drift apart: the backward pass of attention adds up in any order there.)
 import math
 import time
 from dataclasses import dataclass, field
@@ -42,8 +41,8 @@ from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
-from parallel import trained
-from resume import Run, for_card, plan, read_metrics
+from peers import peak
+from resume import Run, for_card, plan, read_metrics, read_run
 
 
 @dataclass
@@ -261,9 +260,8 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
     parallel.check([stage.name for stage in stages if stage.method.batch_mean])
     if options.compile:
         compile_blocks(llama)
-    names, shown = [stage.name for stage in stages], stages[-1].examples[0].documents[0]
-    prompt = tokenizer.decode(list(shown.ids[:shown.start]))
-    about = {**for_card(names, prompt, options), **parallel.about(), **(about or {})}
+    about = {**for_card([stage.name for stage in stages], prompt_of(stages[-1], tokenizer), options),
+             **parallel.about(), **(about or {})}
     run = parallel.led(lambda: Run(out, settings_of(llama, tokenizer, stages, options), "train", resume, overwrite,
                                    about, options.log))
     if run.finished:
@@ -286,14 +284,15 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
         began = saved = time.perf_counter()
         with tqdm(total=total, initial=first, desc=f"{run.out.name}: {stage.name}", unit="step",
                   disable=not progress) as bar:
-            if not first:
+            if first == 0:
                 validate(llama, tokenizer, stage, 0, run, options, progress)
             for step in range(first, total):
                 rate = learning_rate(step, total, options)
                 examples = examples_of(stage, step, options)
                 batches = list(batches_of(examples, options, llama.device))
                 loss, norm = train_step(llama, optimizer, batches, stage.method, rate, options)
-                tokens, now = tokens + sum(map(size, examples)), time.perf_counter()
+                tokens += sum(map(size, examples))
+                now = time.perf_counter()
                 row = {"stage": stage.name, "step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm,
                        "tokens": tokens, "seconds": round(spent + now - began, 3)}
                 if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -301,7 +300,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
                                     "--lr or check --data")
                 run.write(row)
                 speed = tokens / max(row["seconds"], 1e-3)
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory(llama.device)}")
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s, {peak(llama.device.type):.1f} GiB")
                 bar.update()
                 if (step + 1) % options.val_every == 0 or step + 1 == total:
                     validate(llama, tokenizer, stage, step + 1, run, options, progress)
@@ -334,6 +333,12 @@ def settings_of(llama, tokenizer, stages, options):
             **chat.settings_of(tokenizer)}
 
 
+def prompt_of(stage, tokenizer):
+    """The first prompt (text) that a stage trains on."""
+    document = stage.examples[0].documents[0]
+    return tokenizer.decode(list(document.ids[:document.start]))
+
+
 def train_step(llama, optimizer, batches, method, rate, options):
     """One optimizer step on the batches together, at a learning rate: (mean loss, gradient norm)."""
     for group in optimizer.param_groups:
@@ -343,7 +348,7 @@ def train_step(llama, optimizer, batches, method, rate, options):
         part = batch_loss(llama, batch, method, options) / count
         part.backward()
         loss = loss + part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(trained(llama).values(), options.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parallel.trained(llama).values(), options.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return parallel.total(float(loss)), float(parallel.whole(norm))
@@ -427,14 +432,6 @@ def computes_half(device, options):
     return computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
 
 
-def memory(device):
-    """Peak memory so far, for the progress bar."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    import resource
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-
-
 def start_from(folder, name, device, options):
     """The model in a folder, with a scalar head for a method that scores and with LoRA where it is wanted; for
     pretrain, one from scratch where the folder has a configuration alone; for ppo, whole in each process."""
@@ -452,6 +449,14 @@ def start_from(folder, name, device, options):
     half = device.type == "cuda" and computes_bf16(device) and options.precision != "fp32"
     frozen = torch.bfloat16 if half else torch.float32
     return add_lora(checkpoint.load(folder, frozen, place, scorer), options.lora_rank, folder, seed=options.seed)
+
+
+def load_tokenizer(folder, llama, options, out=None):
+    """The tokenizer in a model's folder, behind its chat template where options say so; llama.config is told what ends
+    an answer then. out: the folder of the run, where it goes on."""
+    began = parallel.first(read_run, out).get("began") if out else None
+    tokenizer = checkpoint.load_tokenizer(folder, llama)
+    return chat.with_template(tokenizer, folder, llama.config, options.chat_template, began)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -503,7 +508,7 @@ def run(args, options, device):
     """The stages that the command line asks for, from files to the saved model."""
     checkpoint.check_folder(args.out, [args.model])
     llama = start_from(args.model, args.names[0], device, options)
-    tokenizer = chat.load_tokenizer(args.model, llama, options.chat_template, None if args.overwrite else args.out)
+    tokenizer = load_tokenizer(args.model, llama, options, None if args.overwrite else args.out)
     replay = [text for path in args.replay for text in formats.read_texts(path)]
     share = 0.15 if args.replay_share is None else args.replay_share
     stages = []

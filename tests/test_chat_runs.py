@@ -156,7 +156,7 @@ def test_preferences_are_learned_behind_the_template(method, extra, world, tmp_p
 def test_rollouts_are_asked_behind_the_template_and_end_with_it(world, taught, tmp_path):
     options = ppo.Options(rollouts=2, max_new_tokens=20, precision="fp32")
     llama = checkpoint.load(taught)
-    tokenizer = chat.load_tokenizer(taught, llama, options.chat_template)
+    tokenizer = train.load_tokenizer(taught, llama, options)
     prompts = ppo.encode_prompts(tokenizer, [DIALOGUE, "How do I cook rice?"], llama.config, options)
     rollouts = ppo.sample_rollouts(llama, tokenizer, prompts, 0, options)
     assert {rollout.response for rollout in rollouts} == {"Salt it.", "With water."}
