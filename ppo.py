@@ -205,7 +205,7 @@ def improve(policy, tokenizer, prompts, rewards, weights, scalarization, out, op
             bar.update()
             course.kl_coef = steered(course.kl_coef, kl, len(rollouts), options)
             if time.perf_counter() - saved > options.save_seconds and iteration + 1 < options.iterations:
-                run.save(agent=train.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
+                run.save(agent=parallel.trained(agent), optimizer=optimizer.state_dict(), course=asdict(course))
                 saved = time.perf_counter()
     return parallel.first(train.finish, run, policy, tokenizer)
 
@@ -489,8 +489,8 @@ def learn(agent, optimizer, rollouts, known, mask, iteration, options):
             for batch, part in parts_of([rollouts[i] for i in share.tolist()], flat, options):
                 totals += add_gradients(agent, batch, part, count, options)
             actions += count
-            parallel.add_up_gradients(train.trained(agent).values())
-            norms.append(nn.utils.clip_grad_norm_(train.trained(agent).values(), options.max_grad_norm))
+            parallel.add_up_gradients(parallel.trained(agent).values())
+            norms.append(nn.utils.clip_grad_norm_(parallel.trained(agent).values(), options.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     parallel.add_up([totals])

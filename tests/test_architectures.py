@@ -11,6 +11,7 @@ import checkpoint
 import combine
 import data
 import lora
+import parallel
 import toy
 import train
 from common import UserError
@@ -386,7 +387,7 @@ def test_adapters_leave_biases_and_norms_alone(tmp_path, name):
     base, tokens = tmp_path / "base", random_tokens(40)
     checkpoint.save(tiny(7, **FAMILIES[name]), base)
     llama = stir(lora.add_lora(checkpoint.load(base), 4, base))
-    assert all("lora_" in name for name in train.trained(llama)) and len(train.trained(llama)) == 2 * 7 * 2
+    assert all("lora_" in name for name in parallel.trained(llama)) and len(parallel.trained(llama)) == 2 * 7 * 2
     checkpoint.save(llama, tmp_path / "adapter")
     merged, plain = checkpoint.load(tmp_path / "adapter"), weights_of(checkpoint.load(base))
     with torch.no_grad():

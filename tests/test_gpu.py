@@ -14,6 +14,7 @@ import combine
 import generate
 import lora
 import model
+import parallel
 import ppo
 import resume
 import reward
@@ -113,7 +114,7 @@ def test_preference_models_are_trained_and_asked(world, tmp_path, monkeypatch):
              *STEPS, "--max-steps", 1, "--micro-tokens", 4000, "--lora-rank", 4]
     assert run(reward, monkeypatch, words) == 0
     llama = train.start_from(world / "a", "reward", model.device_named("cuda"), train.Options(lora_rank=4))
-    assert train.trained(llama)["score.weight"].dtype == torch.float32
+    assert parallel.trained(llama)["score.weight"].dtype == torch.float32
     models = [tmp_path / "pms" / name for name in ("short", "odd")]
     here, there = (reward.Scorers(models, device).score(["How?", "Why?"], ["So.", "Do it so, now."])
                    for device in ("cpu", "cuda"))

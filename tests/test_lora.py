@@ -12,6 +12,7 @@ import data
 import folders
 import formats
 import lora
+import parallel
 import resume
 import toy
 import train
@@ -54,7 +55,7 @@ def adapter(base, seed, rank=4, scorer=True):
 def test_an_adapter_starts_as_the_model_itself_and_is_all_that_is_trained(base):
     plain, llama = checkpoint.load(base), lora.add_lora(checkpoint.load(base), 4, base)
     assert torch.equal(logits(llama, tokens()[None]), logits(plain, tokens()[None]))
-    names = train.trained(llama)
+    names = parallel.trained(llama)
     assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
 
 
@@ -367,7 +368,7 @@ def test_an_adapter_trained_on_longer_texts_keeps_its_longer_context(words, tmp_
 def test_a_scalar_head_is_trained_in_fp32_beside_frozen_bf16_weights(words):
     """In bf16, steps of a learning rate of 1e-5 would be rounded away."""
     llama = lora.add_lora(checkpoint.load(words, torch.bfloat16, scorer=True), 2, words)
-    names = {name: weight.dtype for name, weight in train.trained(llama).items()}
+    names = {name: weight.dtype for name, weight in parallel.trained(llama).items()}
     assert set(names.values()) == {torch.float32} and "score.weight" in names
     assert llama.model.embed_tokens.weight.dtype == torch.bfloat16
 
