@@ -70,7 +70,7 @@ class Options:
     lora_rank: int = option(0, "train low-rank adapters of this rank, the rest frozen; 0: train everything", 0, 10**6)
     merge: bool = option(False, "with --lora-rank: write a whole model instead of an adapter")
     bf16_moments: bool = option(False, "keep AdamW's moments in bf16, rounded at random: 4 bytes less for each weight")
-    compile: bool = option(False, "compile the blocks: small models train 1.2 x as fast (compiled.py)")
+    compile: bool = option(False, "compile the blocks: a small model trains 1.15 x as fast (compiled.py)")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass: less memory", free=True)
     replicate: bool = option(False, "with torchrun: each process holds the whole model, not a slice; faster where it "
                              "fits", free=True)
