@@ -2,8 +2,8 @@
 
 What a block computes before its attention, and what after, becomes one function each: so a dozen passes over memory
 between two matrix products become one. Attention stays as it is, for each batch has rows of other lengths. The first
-step waits for the compiler; later runs find in PyTorch's cache what it made. It pays a little for small models, whose steps
-are many small operations: 1.15 x on a CPU; at 40M parameters it gains nothing there (RESULTS.md, section 5).
+step waits for the compiler; later runs find in PyTorch's cache what it made. It pays a little for small models, whose
+steps are many small operations: 1.15 x on a CPU; at 40M parameters it gains nothing there (RESULTS.md, section 5).
 """
 import torch
 
