@@ -5,7 +5,8 @@
     python ablate.py --figures pairs --seeds 0 --scale 0.2
 
     words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
-    size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps
+    size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps, and
+              by AdamW
     steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference;
               these three alone, without the fourth, in which edits are held against others
     pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
@@ -43,6 +44,7 @@ class Variant:
     steps: dict = field(default_factory=lambda: dict(story.STEPS))    # optimizer steps of the aligner's steps
     shape: dict = field(default_factory=lambda: dict(story.FOUNDATION))
     worded: bool = True                                               # False: one wording for each objective
+    optimizer: str = story.RECIPE.optimizer
 
 
 def words(count):
@@ -65,7 +67,8 @@ FIGURES = {  # figure -> {variant: what is trained}
     "words": {"10 words": words(10), "50 words": words(50), "200 words": words(200), RECIPE: Variant(),
               "one wording each": Variant(worded=False)},
     "size": {name: Variant(shape={**story.FOUNDATION, **shape}) for name, shape in SHAPES.items()}
-    | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()})},
+    | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()}),
+       "AdamW": Variant(optimizer="adamw")},
     "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
               "partner": Variant(steps={"partner" if name == "identity" else name: count
                                         for name, count in story.STEPS.items()}),
@@ -90,12 +93,13 @@ def train_variant(out, folder, variant, seed, scale, device):
     """Train a variant's aligner into a folder, on a foundation that variants of its shape share."""
     def scaled(steps):
         return {name: math.ceil(scale * count) for name, count in steps.items()}
-    base = out / f"foundation-{variant.shape['hidden_size']}-{seed}-{scale:g}"
-    texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape)
+    base = out / f"foundation-{variant.optimizer}-{variant.shape['hidden_size']}-{seed}-{scale:g}"
+    options = replace(story.RECIPE, optimizer=variant.optimizer)
+    texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape, options=options)
     steps = scaled(variant.steps)
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
     pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
-    story.train_aligner(folder, base / "foundation", pairs, texts, seed, device, steps)
+    story.train_aligner(folder, base / "foundation", pairs, texts, seed, device, steps, options)
 
 
 def answered(seed, count):

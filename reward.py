@@ -24,6 +24,7 @@ import parallel
 import train
 from eval import mean_and_interval
 from model import device_named
+from optimizers import refuse_beside_muon
 from scorers import Scorers, score_once
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -413,6 +414,7 @@ def main():
     add_score(commands)
     args = parser.parse_args()
     if args.command == "train":
+        refuse_beside_muon(parser, args)
         options = read_options(train.Options, args, **TRAINING)
         with parallel.processes(args.device) as device:
             run_train(args.files, args.model, args.out, args.principles, device, options, args.overwrite)

@@ -65,6 +65,7 @@ class Options:
     questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
     replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
     prompts: int = option(64, "questions to each policy in the end", 1, 10**6)
+    optimizer: str = option("muon", "how foundation and aligner move (the policies: adamw)", choices=["adamw", "muon"])
     compile: bool = option(False, "train foundation and aligner compiled: faster, where there is a C++ compiler")
 
     @property
@@ -82,7 +83,7 @@ class Options:
         return {name: count for name, count in steps.items() if count}
 
     def training(self, seed, **more):
-        own = {"lr": self.lr, "batch": self.batch, "compile": self.compile, "seed": seed}
+        own = {"lr": self.lr, "batch": self.batch, "compile": self.compile, "optimizer": self.optimizer, "seed": seed}
         return train.Options(**{**own, **COMMON, **more})
 
 
@@ -127,7 +128,7 @@ def train_policies(out, foundation, seed, device, options=RECIPE):
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
         steps = options.small_steps if name == "small" else options.large_steps
-        training = options.training(seed, max_steps=steps, compile=False)
+        training = options.training(seed, max_steps=steps, compile=False, optimizer="adamw")
         prompts = [toy.question(rng)[0] for _ in range(training.batch * training.max_steps)]
         rows = [{"prompt": prompt, "completion": f" {toy.answer(name, prompt, rng)}"} for prompt in prompts]
         base = checkpoint.load(foundation, device=device)

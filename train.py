@@ -9,14 +9,12 @@ examples:
 
 FOLDER is a Hugging Face folder of a Llama, Qwen2, Qwen3 or Mistral; for pretrain, one with config.json and
 tokenizer.json alone starts from scratch.
-pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better one after another,
-MetaAligner's three steps; contrast goes on from there. Every run writes OUT/metrics.jsonl, a row per step, and
-OUT/run.json, what was asked for and what came of it. --resume goes on after a kill, --overwrite replaces another run.
+pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better, MetaAligner's three
+steps; contrast goes on from there. OUT/metrics.jsonl gets a row per step, OUT/run.json what was asked for and what came.
 """
 # A method is one data function and one loss function (methods.py); the rest, from bf16 to resuming, is `train`. A step
-# is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which examples
-# it holds depends on the seed and its number alone: that is why a resumed run repeats a killed one. (On a GPU but for
-# the last bits, from which runs drift apart: the backward pass of attention adds up in any order there.)
+# is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which it holds
+# depends on seed and step alone, so a resumed run repeats a killed one (on a GPU but for the last bits, which grow).
 import math
 import time
 from dataclasses import dataclass, field
@@ -35,12 +33,12 @@ import folders
 import formats
 import methods
 import parallel
-from adamw import learning_rate, make_optimizer
 from compiled import compile_blocks
 from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
 from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
+from optimizers import learning_rate, make_optimizer, refuse_beside_muon
 from peers import peak
 from resume import Run, for_card, plan, read_metrics, read_run
 
@@ -49,7 +47,8 @@ from resume import Run, for_card, plan, read_metrics, read_run
 class Options:
     """How to train; the defaults are MetaAligner's (arXiv 2403.17141, implementation details)."""
     lr: float = option(1e-5, "highest learning rate", 0, 10)
-    weight_decay: float = option(1e-5, "AdamW's, on matrices only", 0, 10)
+    optimizer: str = option("adamw", "muon: small models learn in half the steps", choices=["adamw", "muon"])
+    weight_decay: float = option(1e-5, "on matrices only", 0, 10)
     warmup: float = option(0.05, "share of the steps in which the rate rises; a cosine to zero follows", 0, 1)
     epochs: float = option(2.0, "passes over the examples, for each step of an aligner", 1e-9, 1e9)
     batch: int = option(512, "examples per optimizer step", 1, 10**9)
@@ -276,7 +275,7 @@ def train(llama, tokenizer, stages, out, options, resume=False, overwrite=False,
     for place, stage in enumerate(stages):
         if state and place < state["stage"]:
             continue
-        optimizer = make_optimizer(llama, options)
+        optimizer = make_optimizer(llama, options, options.optimizer)
         first, tokens, spent, total = 0, 0, 0.0, steps_in(stage, options)
         if state and place == state["stage"] and state["step"]:
             parallel.restore(run, llama, optimizer)
@@ -484,6 +483,7 @@ def arguments(argv=None):
         parser.error(f"--steps is for aligner; {args.method} is one step")
     args.names = (args.steps or ALIGNER) if args.method == "aligner" else [args.method]
     chosen = [METHODS[name] for name in args.names]
+    refuse_beside_muon(parser, args)
     refuse_given(parser, args, unheeded(chosen), f"is no option of {' '.join(args.names)}; leave it out")
     if args.temperature is not None and not args.weights:
         parser.error("--temperature makes labels of what --weights joins; give these too")

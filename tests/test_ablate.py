@@ -194,9 +194,11 @@ def test_the_unseen_wishes_for_an_answer_can_be_granted_together(scripted):
 def untrained(monkeypatch):
     """Variants without a training, whose edits append a joke; gives what was trained and how many edits were made."""
     done = {"trained": [], "edited": []}
-    monkeypatch.setattr(story, "pretrain", lambda out, seed, device, *how: done["trained"].append((out.name, how)))
+    monkeypatch.setattr(story, "pretrain", lambda out, seed, device, *how, options:
+                        done["trained"].append((out.name, how, options.optimizer)))
     monkeypatch.setattr(story, "write_pairs", lambda folder, *words, **more: done["trained"].append((words, more)))
-    monkeypatch.setattr(story, "train_aligner", lambda *words: done["trained"].append((words[0].name, words[-1])))
+    monkeypatch.setattr(story, "train_aligner", lambda *words:
+                        done["trained"].append((words[0].name, words[-2], words[-1].optimizer)))
     monkeypatch.setattr(ablate, "Writer", lambda folder, device: folder)
 
     def edit(aligner, items, seed):
@@ -230,13 +232,17 @@ def test_a_variant_is_measured_once_by_the_same_code_on_the_same_questions(untra
 def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     variant = ablate.FIGURES["words"]["10 words"]
     ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")
-    (base, (reading, shape)), ((seed, pairing, questions, worded), rating), (_, steps) = untrained["trained"]
+    (base, (reading, shape), first), ((seed, pairing, questions, worded), rating), (_, steps, last) = untrained["trained"]
+    assert first == last == "muon"
     assert shape == variant.shape and base.endswith("-3-0.5") and seed == 3
     assert reading == {name: math.ceil(count / 2) for name, count in story.READING.items()}
     assert (pairing, worded, rating) == (variant.pairing, True, variant.rating)
     assert steps == {name: math.ceil(count / 2) for name, count in story.STEPS.items()}
     assert questions == math.ceil(story.QUESTIONS / 2)
     assert {row["scale"] for row in ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")} == {0.5}
+    ablate.run_variant(tmp_path, "size", "AdamW", 3, 0.5, 1, "cpu")
+    (other, _, first), _, (_, _, last) = untrained["trained"][3:]
+    assert first == last == "adamw" and other != base
 
 
 def test_a_folder_of_another_scale_is_not_given_for_this_one(untrained, tmp_path, monkeypatch, capsys):

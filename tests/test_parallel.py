@@ -69,6 +69,7 @@ JOBS = {  # name: the method, its data, options
     "dpo": ("dpo", "rated.jsonl", *RATED),
     "lora": ("sft", "rated.jsonl", "--lora-rank", 2),
     "bf16 moments": ("sft", "rated.jsonl", "--bf16-moments"),
+    "muon": ("sft", "rated.jsonl", "--optimizer", "muon"),
     "recomputed": ("sft", "rated.jsonl", "--checkpoint-activations", "--batch", 1),  # one process has no example
     "replicated": ("sft", "rated.jsonl", "--replicate"),
     "principles": ("principles", "labels.jsonl", "--lora-rank", 2),
