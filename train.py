@@ -10,7 +10,7 @@ examples:
 FOLDER is a Hugging Face folder of a Llama, Qwen2, Qwen3 or Mistral; for pretrain, one with config.json and
 tokenizer.json alone starts from scratch.
 pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better, MetaAligner's three
-steps; contrast goes on from there. OUT/metrics.jsonl gets a row per step, OUT/run.json what was asked for and what came.
+steps; contrast goes on from there. OUT/metrics.jsonl gets a row per step, OUT/run.json what was asked and what came.
 """
 # A method is one data function and one loss function (methods.py); the rest, from bf16 to resuming, is `train`. A step
 # is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which it holds

@@ -232,7 +232,8 @@ def test_a_variant_is_measured_once_by_the_same_code_on_the_same_questions(untra
 def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     variant = ablate.FIGURES["words"]["10 words"]
     ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")
-    (base, (reading, shape), first), ((seed, pairing, questions, worded), rating), (_, steps, last) = untrained["trained"]
+    (base, (reading, shape), first), (how, rating), (_, steps, last) = untrained["trained"]
+    seed, pairing, questions, worded = how
     assert first == last == "muon"
     assert shape == variant.shape and base.endswith("-3-0.5") and seed == 3
     assert reading == {name: math.ceil(count / 2) for name, count in story.READING.items()}
