@@ -8,10 +8,10 @@ from model import computes_bf16
 from parallel import sliced, trained, whole
 
 
-def make_optimizer(llama, options, name="adamw"):
+def make_optimizer(llama, options, kind="adamw"):
     """AdamW, decay on matrices only, the update fused into one kernel; or with its moments in bf16; or "muon", with
     Muon for the blocks' matrices."""
-    parameters, muon = trained(llama), name == "muon"
+    parameters, muon = trained(llama), kind == "muon"
     inside = {name: p for name, p in parameters.items() if muon and ".layers." in name and p.dim() == 2}
     others = [p for name, p in parameters.items() if name not in inside]
     groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": options.weight_decay},

@@ -58,7 +58,8 @@ class Options:
     equal_steps: int = option(10, "its optimizer steps on equal preference; 0: none", 0, 10**6)
     better_steps: int = option(880, "its optimizer steps on better preference", 1, 10**6)
     contrast_steps: int = option(160, "its optimizer steps on edits against others; 0: none", 0, 10**6)
-    lr: float = option(3e-3, "highest learning rate of the foundation and the policies", 0, 10)
+    lr: float = option(5e-3, "highest learning rate of the foundation", 0, 10)
+    policy_lr: float = option(3e-3, "the policies'", 0, 10)
     aligner_lr: float = option(3e-3, "the aligner's", 0, 10)
     contrast_lr: float = option(3e-4, "the aligner's where edits are held against others", 0, 10)
     batch: int = option(32, "examples per optimizer step", 1, 10**6)
@@ -128,7 +129,7 @@ def train_policies(out, foundation, seed, device, options=RECIPE):
     for name in ("small", "large"):
         rng = random.Random(f"{name} {seed}")
         steps = options.small_steps if name == "small" else options.large_steps
-        training = options.training(seed, max_steps=steps, compile=False, optimizer="adamw")
+        training = options.training(seed, lr=options.policy_lr, max_steps=steps, compile=False, optimizer="adamw")
         prompts = [toy.question(rng)[0] for _ in range(training.batch * training.max_steps)]
         rows = [{"prompt": prompt, "completion": f" {toy.answer(name, prompt, rng)}"} for prompt in prompts]
         base = checkpoint.load(foundation, device=device)

@@ -156,7 +156,8 @@ def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monke
     assert story.READING == {"words": 240, "texts": 720}
     training = story.RECIPE.training(5)
     assert (training.lr, training.batch, training.seed, training.weight_decay, training.max_steps) == (
-        3e-3, 32, 5, 0.01, 0)
+        5e-3, 32, 5, 0.01, 0)
+    assert (training.optimizer, story.RECIPE.policy_lr, story.RECIPE.aligner_lr) == ("muon", 3e-3, 3e-3)
     assert story.told_otherwise(story.RECIPE) == ""
     assert "better_steps 7 (880)" in story.told_otherwise(story.Options(better_steps=7))
     assert "it shows nothing" in story.told_otherwise(story.Options(**story.QUICK))
