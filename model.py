@@ -447,3 +447,8 @@ def computes_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def computes_half(device, options):
+    """Whether a training on the device multiplies in bf16: what options.precision says."""
+    return computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"

@@ -4,7 +4,7 @@ import math
 import torch
 
 from common import refuse_given
-from model import computes_bf16
+from model import computes_half
 from parallel import sliced, trained, whole
 
 
@@ -20,7 +20,7 @@ def make_optimizer(llama, options, kind="adamw"):
         return LeanAdamW(groups, lr=options.lr)
     if muon:
         groups.append({"params": list(inside.values()), "weight_decay": options.weight_decay, "muon": True})
-        return Muon(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+        return Muon(groups, computes_half(llama.device, options), lr=options.lr, betas=(0.9, 0.95), fused=True)
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -34,8 +34,12 @@ class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the matrices of groups that say "muon",
     AdamW for what else there is. A matrix moves along the average of its gradients with all singular values made one,
     nearly: so also in directions that rare examples alone ask for. As far as an update of AdamW usually moves it (Liu
-    et al., arXiv 2502.16982, equation 4), so that one learning rate serves both."""
+    et al., arXiv 2502.16982, equation 4), so that one learning rate serves both. half: it computes in bf16."""
     MOMENTUM = 0.95
+
+    def __init__(self, groups, half, **options):
+        super().__init__(groups, **options)
+        self.half = half
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -54,7 +58,7 @@ class Muon(torch.optim.AdamW):
         for (_, long), weights in alike.items():
             averages = [whole(self.average(weight)) for weight in weights]
             lying = torch.stack([a if a.shape[1] == long else a.T for a in averages])  # (matrices, short, long)
-            for weight, update in zip(weights, orthogonal(lying)):
+            for weight, update in zip(weights, orthogonal(lying.bfloat16() if self.half else lying)):
                 update = update if weight.shape[1] == long else update.T
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(sliced(update.to(weight.dtype), weight), alpha=-0.2 * math.sqrt(long) * group["lr"])
@@ -71,7 +75,6 @@ class Muon(torch.optim.AdamW):
 def orthogonal(x):
     """Matrices (matrices, short, long) with their singular values moved to about one (0.7 to 1.2), by five steps of a
     polynomial that needs products alone (Newton and Schulz; the coefficients are Jordan's)."""
-    x = x.to(torch.bfloat16 if computes_bf16(x.device) else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT

@@ -8,9 +8,8 @@ examples:
   python train.py aligner  --model base --data pairs.jsonl --out aligner
 
 FOLDER is a Hugging Face folder of a Llama, Qwen2, Qwen3 or Mistral; for pretrain, one with config.json and
-tokenizer.json alone starts from scratch.
-pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs identity, equal and better, MetaAligner's three
-steps; contrast goes on from there. OUT/metrics.jsonl gets a row per step, OUT/run.json what was asked and what came.
+tokenizer.json alone starts from scratch. pairs.jsonl is what `python data.py reformulate` writes; `aligner` runs
+identity, equal and better, MetaAligner's three steps; contrast goes on from there. OUT/metrics.jsonl tells each step.
 """
 # A method is one data function and one loss function (methods.py); the rest, from bf16 to resuming, is `train`. A step
 # is `batch` examples, cut into micro-batches of at most `micro_tokens` tokens, packed without padding. Which it holds
@@ -37,7 +36,7 @@ from compiled import compile_blocks
 from generate import generate
 from lora import add_lora
 from methods import ALIGNER, METHODS, Method, unheeded
-from model import Llama, computes_bf16, device_named, document_scores, token_logprobs
+from model import Llama, computes_bf16, computes_half, device_named, document_scores, token_logprobs
 from optimizers import learning_rate, make_optimizer, refuse_beside_muon
 from peers import peak
 from resume import Run, for_card, plan, read_metrics, read_run
@@ -425,10 +424,6 @@ def write_samples(llama, tokenizer, stage, options):
 def autocast(device, options):
     """bf16 arithmetic over fp32 weights, where options.precision and the device say so."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_half(device, options))
-
-
-def computes_half(device, options):
-    return computes_bf16(device) if options.precision == "auto" else options.precision == "bf16"
 
 
 def start_from(folder, name, device, options):

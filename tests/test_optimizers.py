@@ -53,7 +53,7 @@ def test_lean_optimizers_is_optimizers_but_for_the_rounding(monkeypatch):
 
 def test_muon_is_pytorchs_for_the_blocks_matrices_and_adamw_for_the_rest():
     """Five steps of a Llama whose matrices are square, wide and tall, with a decay that would show."""
-    options, llamas = Options(lr=1e-2, weight_decay=0.1), (tiny(), tiny())
+    options, llamas = Options(lr=1e-2, weight_decay=0.1, precision="bf16"), (tiny(), tiny())
     ours = train.make_optimizer(llamas[0], options, "muon")
     named = dict(llamas[1].named_parameters())
     blocks = [p for name, p in named.items() if name.endswith("_proj.weight")]
@@ -77,13 +77,14 @@ def test_muon_is_pytorchs_for_the_blocks_matrices_and_adamw_for_the_rest():
     assert min((p - old).abs().mean() for p, old in zip(blocks, before)) > 2e-3
 
 
-def test_orthogonal_makes_all_singular_values_one_nearly():
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_orthogonal_makes_all_singular_values_one_nearly(kind):
     """Of matrices whose values range over two decades; the vectors stay."""
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([torch.linalg.qr(torch.randn(48, 16, generator=generator))[0].T for _ in range(3)])
     turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
     values = torch.logspace(0, -2, 16)
-    found = turn.T @ optimizers.orthogonal(turn @ (values[:, None] * x)).float() @ x.mT  # (3, 16, 16)
+    found = turn.T @ optimizers.orthogonal((turn @ (values[:, None] * x)).to(kind)).float() @ x.mT  # (3, 16, 16)
     diagonal = found.diagonal(dim1=1, dim2=2)
     assert 0.4 < diagonal.min() and diagonal.max() < 1.3 and (diagonal[:, :8] > 0.65).all()
     assert (found - torch.diag_embed(diagonal)).abs().max() < 0.03

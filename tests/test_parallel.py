@@ -90,7 +90,8 @@ def torchrun(*words):
                              *map(str, words)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-LONG = ("sft", "rated.jsonl", "--max-steps", 8, "--epochs", 4, "--save-seconds", 0)
+LONG = ("sft", "rated.jsonl", "--max-steps", 8, "--epochs", 4, "--save-seconds", 0,
+        "--optimizer", "muon")  # whose state holds AdamW's moments too, of all but the blocks' matrices
 
 
 @pytest.fixture(scope="module")
