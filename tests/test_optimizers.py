@@ -23,7 +23,7 @@ def test_random_rounding_goes_to_the_two_neighbours_and_keeps_the_mean():
     assert abs(x[0, 1].bfloat16().item() - 1.001) > 9e-4  # which to the nearest would be lost
 
 
-def test_lean_optimizers_is_optimizers_but_for_the_rounding(monkeypatch):
+def test_lean_adamw_is_adamw_but_for_the_rounding(monkeypatch):
     """With moments kept whole, the same weights as PyTorch's; with bf16 moments, 4 bytes of state for each weight."""
     def weights(optimizer_of, steps=20):
         layer = torch.nn.Linear(8, 4)
@@ -105,7 +105,7 @@ def test_another_optimizer_learns_and_resumes(kind, short, tmp_path, monkeypatch
     """The loss falls as AdamW's, less a share of it."""
     def trained(out, resume=False, **changes):
         stage = Stage("sft", random_examples(64, 3), random_examples(16, 4))
-        options = Options(**{**vars(FAST), "epochs": 8, "save_seconds": 0, **changes})
+        options = Options(**{**vars(FAST), "epochs": 8, "val_every": 1000, **changes})
         tokenizer = toy.train_tokenizer(["a b"], 300)
         return train.train(tiny(), tokenizer, [stage], tmp_path / out, options, resume, progress=False)
     whole = trained("whole", **kind)
@@ -115,7 +115,7 @@ def test_another_optimizer_learns_and_resumes(kind, short, tmp_path, monkeypatch
     assert losses[0] != losses[1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at_state(patch, 5)
-        trained("killed", **kind)
+        trained("killed", save_seconds=0, **kind)
     assert timeless(trained("killed", True, **kind)) == timeless(whole)
 
 
