@@ -45,6 +45,7 @@ class Variant:
     shape: dict = field(default_factory=lambda: dict(story.FOUNDATION))
     worded: bool = True                                               # False: one wording for each objective
     optimizer: str = story.RECIPE.optimizer
+    lr: float = story.RECIPE.lr                                       # of the foundation
 
 
 def words(count):
@@ -68,7 +69,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "one wording each": Variant(worded=False)},
     "size": {name: Variant(shape={**story.FOUNDATION, **shape}) for name, shape in SHAPES.items()}
     | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()}),
-       "AdamW": Variant(optimizer="adamw")},
+       "AdamW": Variant(optimizer="adamw", lr=3e-3)},  # its best rate: LOG.md, "by Muon"
     "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
               "partner": Variant(steps={"partner" if name == "identity" else name: count
                                         for name, count in story.STEPS.items()}),
@@ -94,7 +95,7 @@ def train_variant(out, folder, variant, seed, scale, device):
     def scaled(steps):
         return {name: math.ceil(scale * count) for name, count in steps.items()}
     base = out / f"foundation-{variant.optimizer}-{variant.shape['hidden_size']}-{seed}-{scale:g}"
-    options = replace(story.RECIPE, optimizer=variant.optimizer)
+    options = replace(story.RECIPE, optimizer=variant.optimizer, lr=variant.lr)
     texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape, options=options)
     steps = scaled(variant.steps)
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))

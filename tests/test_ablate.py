@@ -195,10 +195,10 @@ def untrained(monkeypatch):
     """Variants without a training, whose edits append a joke; gives what was trained and how many edits were made."""
     done = {"trained": [], "edited": []}
     monkeypatch.setattr(story, "pretrain", lambda out, seed, device, *how, options:
-                        done["trained"].append((out.name, how, options.optimizer)))
+                        done["trained"].append((out.name, how, (options.optimizer, options.lr))))
     monkeypatch.setattr(story, "write_pairs", lambda folder, *words, **more: done["trained"].append((words, more)))
     monkeypatch.setattr(story, "train_aligner", lambda *words:
-                        done["trained"].append((words[0].name, words[-2], words[-1].optimizer)))
+                        done["trained"].append((words[0].name, words[-2], (words[-1].optimizer, words[-1].lr))))
     monkeypatch.setattr(ablate, "Writer", lambda folder, device: folder)
 
     def edit(aligner, items, seed):
@@ -234,7 +234,7 @@ def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")
     (base, (reading, shape), first), (how, rating), (_, steps, last) = untrained["trained"]
     seed, pairing, questions, worded = how
-    assert first == last == "muon"
+    assert first == last == ("muon", 5e-3)
     assert shape == variant.shape and base.endswith("-3-0.5") and seed == 3
     assert reading == {name: math.ceil(count / 2) for name, count in story.READING.items()}
     assert (pairing, worded, rating) == (variant.pairing, True, variant.rating)
@@ -243,7 +243,7 @@ def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     assert {row["scale"] for row in ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")} == {0.5}
     ablate.run_variant(tmp_path, "size", "AdamW", 3, 0.5, 1, "cpu")
     (other, _, first), _, (_, _, last) = untrained["trained"][3:]
-    assert first == last == "adamw" and other != base
+    assert first == last == ("adamw", 3e-3) and other != base
 
 
 def test_a_folder_of_another_scale_is_not_given_for_this_one(untrained, tmp_path, monkeypatch, capsys):
