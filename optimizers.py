@@ -91,7 +91,7 @@ class LeanAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         weights = [(group, weight) for group in self.param_groups for weight in group["params"]
                    if weight.grad is not None]
         for place, (group, weight) in enumerate(weights):
