@@ -20,6 +20,7 @@ from test_bench import RATES, SIZE, aligner, words_of  # noqa: F401 (a fixture)
 @pytest.mark.slow
 def test_a_machine_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "TABLE", {"lines": []})
+    monkeypatch.setattr(bench, "SIZE", {**bench.SIZE, "hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 1000})
     words = ["machine", "decode", "--device", "cpu", "--out", tmp_path / "new" / "table.json"]
     assert run(bench, monkeypatch, words) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
