@@ -5,8 +5,8 @@
     python ablate.py --figures pairs --seeds 0 --scale 0.2
 
     words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
-    size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps, and
-              by AdamW
+    size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps, by
+              AdamW, and without norms of queries and keys
     steps     MetaAligner's three steps: without the warm-up, partner instead of identity, without equal preference;
               these three alone, without the fourth, in which edits are held against others
     pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
@@ -69,7 +69,8 @@ FIGURES = {  # figure -> {variant: what is trained}
               "one wording each": Variant(worded=False)},
     "size": {name: Variant(shape={**story.FOUNDATION, **shape}) for name, shape in SHAPES.items()}
     | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()}),
-       "AdamW": Variant(optimizer="adamw", lr=3e-3)},  # its best rate: LOG.md, "by Muon"
+       "AdamW": Variant(optimizer="adamw", lr=3e-3),  # at their best rates: LOG.md, "by Muon"
+       "no norms": Variant(shape={**story.FOUNDATION, "model_type": "llama"}, lr=5e-3)},
     "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
               "partner": Variant(steps={"partner" if name == "identity" else name: count
                                         for name, count in story.STEPS.items()}),
@@ -77,7 +78,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "the paper's three": without("contrast")},
     "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
-              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.4": paired(keep=0.4),
+              "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.2": paired(keep=0.2),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant()},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},
@@ -94,7 +95,8 @@ def train_variant(out, folder, variant, seed, scale, device):
     """Train a variant's aligner into a folder, on a foundation that variants of its shape share."""
     def scaled(steps):
         return {name: math.ceil(scale * count) for name, count in steps.items()}
-    base = out / f"foundation-{variant.optimizer}-{variant.shape['hidden_size']}-{seed}-{scale:g}"
+    kind, width = variant.shape["model_type"], variant.shape["hidden_size"]
+    base = out / f"foundation-{variant.optimizer}-{kind}-{width}-{seed}-{scale:g}"
     options = replace(story.RECIPE, optimizer=variant.optimizer, lr=variant.lr)
     texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape, options=options)
     steps = scaled(variant.steps)

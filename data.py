@@ -121,8 +121,8 @@ class Pairing:
     dominance: bool = option(False, "leave out edits that make any objective worse")
     subset: float = option(0.0, "chance that a prompt names only some of what improves", 0, 1)
     best: float = option(0.0, "chance that a prompt also names some of what cannot improve", 0, 1)
-    keep: float = option(0.0, "share of edits that have nothing to do: asked for what cannot improve, the answer stays "
-                         "as it is", 0, 0.99)
+    keep: float = option(0.0, "share of edits that have nothing to do: asked for what cannot improve, the worse answer "
+                         "stays as it is", 0, 0.99)
     seed: int = option(0, "of the order of the objectives in each prompt, and of all that is drawn", -2**62, 2**62)
 
 
@@ -162,29 +162,31 @@ def reformulate(rated, objectives, pairing=Pairing(), template=TEMPLATE, skipped
 def edits(first, second, margin, ceiling, pairing, generator, skipped):
     """Yield what is to be learned of two answers (text, scores): (source, target, names, relation)."""
     better, worse, equal = compare(first[1], second[1], margin)
-    for (source, _), (target, scores), names, others in ((second, first, better, worse),
-                                                         (first, second, worse, better)):
+    for (source, before), (target, after), names, others in ((second, first, better, worse),
+                                                             (first, second, worse, better)):
         if reason := names and why_not(source, target, others if pairing.dominance else []):
             skipped[reason] += 1
             yield source, target, [], "better"
         elif names:
-            full = [name for name in scores if scores[name] >= ceiling.get(name, math.inf)]
-            yield source, target, named(names, full, pairing, generator), "better"
-            if pairing.keep and full and generator.random() < pairing.keep / (1 - pairing.keep):
-                yield target, target, some(full, generator), "keep"
+            yield source, target, named(names, full(after, ceiling), pairing, generator), "better"
+            done = full(before, ceiling) if source.strip() else []
+            if pairing.keep and done and generator.random() < pairing.keep / (1 - pairing.keep):
+                yield source, source, some(done, generator), "keep"
     if equal and not first[0].strip():
         skipped["the target is empty"] += 1
     if equal:
         yield second[0], first[0], equal if first[0].strip() else [], "equal"
 
 
+def full(scores, ceiling):
+    """The names of scores that cannot improve."""
+    return [name for name, score in scores.items() if score >= ceiling.get(name, math.inf)]
+
+
 def highest(answers):
     """{name: the highest score} that any of answers [(text, scores)] has."""
-    found = {}
-    for _, scores in answers:
-        for name, score in scores.items():
-            found[name] = max(score, found.get(name, score))
-    return found
+    names = {name for _, scores in answers for name in scores}
+    return {name: max(scores[name] for _, scores in answers if name in scores) for name in names}
 
 
 def why_not(source, target, worse):
@@ -424,10 +426,8 @@ def print_counts(made, skipped):
 def run_show(file, count=3):
     """Print the first records of any file of answers."""
     (_, record), source = first_and_all(records(file), file)
-    if "completion" in record and "label" not in record:
-        rows = read_pairs(file, source=source)
-    else:
-        rows = (row for _, row in located_rated(file, "chosen", source=source))
+    made = "completion" in record and "label" not in record
+    rows = read_pairs(file, source=source) if made else (row for _, row in located_rated(file, "chosen", source=source))
     for which, row in enumerate(itertools.islice(rows, count), 1):
         for place, response in enumerate(row.pop("responses") if "completion" not in row else [], 1):
             scores = ", ".join(f"{name} {score:g}" for name, score in response["scores"].items())

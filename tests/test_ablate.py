@@ -234,7 +234,7 @@ def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")
     (base, (reading, shape), first), (how, rating), (_, steps, last) = untrained["trained"]
     seed, pairing, questions, worded = how
-    assert first == last == ("muon", 5e-3)
+    assert first == last == ("muon", 1e-2)
     assert shape == variant.shape and base.endswith("-3-0.5") and seed == 3
     assert reading == {name: math.ceil(count / 2) for name, count in story.READING.items()}
     assert (pairing, worded, rating) == (variant.pairing, True, variant.rating)
@@ -244,6 +244,9 @@ def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     ablate.run_variant(tmp_path, "size", "AdamW", 3, 0.5, 1, "cpu")
     (other, _, first), _, (_, _, last) = untrained["trained"][3:]
     assert first == last == ("adamw", 3e-3) and other != base
+    ablate.run_variant(tmp_path, "size", "no norms", 3, 0.5, 1, "cpu")
+    (third, (_, shape), _), _, (_, _, last) = untrained["trained"][6:]
+    assert last == ("muon", 5e-3) and shape["model_type"] == "llama" and len({base, other, third}) == 3
 
 
 def test_a_folder_of_another_scale_is_not_given_for_this_one(untrained, tmp_path, monkeypatch, capsys):

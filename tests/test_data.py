@@ -222,18 +222,27 @@ def test_where_nothing_is_to_be_done_the_answer_stays_as_it_is(share):
     better, _, kept, _ = paired(keep=share)
     assert all(edited(row) == row["completion"] and row["prompt"].startswith("Improve") for row in kept)
     assert all(row["after"][name] == row["most"][name] for row in kept for name in row["objectives"])
-    could = [row for row in better if any(row["after"][name] == row["most"][name] for name in row["after"])]
+    could = [row for row in better if any(row["before"][name] == row["most"][name] for name in row["before"])]
     assert len(kept) / len(could) == pytest.approx(share / (1 - share), rel=0.15 if share < 0.5 else 0.01)
     assert {len(row["objectives"]) for row in kept} >= {1, 2, 3}
+    worse = {(row["prompt"][slice(*row["context"])], edited(row)) for row in could}
+    assert all((row["prompt"][slice(*row["context"])], row["completion"]) in worse for row in kept)
 
 
 def test_a_ceiling_says_what_cannot_improve():
-    rated = [{"prompt": "q", "responses": [response("one", a=1, b=3), response("two", a=0, b=2)]}] * 50
+    rated = [{"prompt": "q", "responses": [response("one", a=1, b=3, c=1), response("two", a=1, b=3, c=0)]}] * 50
     def named(ceiling):
-        made = data.reformulate(rated, [A, B], data.Pairing(keep=0.5), ceiling=ceiling)
+        made = list(data.reformulate(rated, [A, B, C], data.Pairing(keep=0.5), ceiling=ceiling))
+        assert {row["completion"] for row in made if row["relation"] == "keep"} <= {"two"}
         return {tuple(sorted(row["objectives"])) for row in made if row["relation"] == "keep"}
     assert named(None) == {("a",), ("b",), ("a", "b")}
-    assert named({"a": 1, "b": 5}) == {("a",)} and named({"a": 2, "b": 5}) == set() == named({"c": 0})
+    assert named({"a": 1, "b": 5}) == {("a",)} and named({"a": 2, "b": 5}) == set() == named({"c": 1})
+
+
+def test_an_empty_answer_is_not_to_stay_as_it_is():
+    rated = [{"prompt": "q", "responses": [response("one", a=1, b=1), response(" ", a=0, b=1)]}] * 50
+    rows = list(data.reformulate(rated, [A, B], data.Pairing(keep=0.5)))
+    assert {(row["relation"], row["completion"]) for row in rows} == {("better", "one"), ("equal", "one")}
 
 
 def test_an_objective_of_several_wordings_is_asked_for_in_each_of_them():

@@ -147,16 +147,16 @@ def test_a_folder_belongs_to_one_seed_one_recipe_and_one_process_at_a_time(tmp_p
 
 def test_the_recipe_is_what_it_was_and_another_is_said_to_be_one(tmp_path, monkeypatch, capsys):
     """The sizes and steps of RESULTS.md's figures."""
-    assert story.FOUNDATION == dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-                                    num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-                                    max_position_embeddings=1024)
+    assert story.FOUNDATION == dict(model_type="qwen3", hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+                                    num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True,
+                                    bos_token_id=0, eos_token_id=1, max_position_embeddings=1024)
     small = {name: value for name, value in story.shape_of(96, 2).items() if value != story.FOUNDATION[name]}
     assert small == dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3)
     assert story.STEPS == {"identity": 40, "equal": 10, "better": 880, "contrast": 160}
     assert story.READING == {"words": 240, "texts": 720}
     training = story.RECIPE.training(5)
     assert (training.lr, training.batch, training.seed, training.weight_decay, training.max_steps) == (
-        5e-3, 32, 5, 0.01, 0)
+        1e-2, 32, 5, 0.01, 0)
     assert (training.optimizer, story.RECIPE.policy_lr, story.RECIPE.aligner_lr) == ("muon", 3e-3, 3e-3)
     assert story.told_otherwise(story.RECIPE) == ""
     assert "better_steps 7 (880)" in story.told_otherwise(story.Options(better_steps=7))
