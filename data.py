@@ -121,8 +121,8 @@ class Pairing:
     dominance: bool = option(False, "leave out edits that make any objective worse")
     subset: float = option(0.0, "chance that a prompt names only some of what improves", 0, 1)
     best: float = option(0.0, "chance that a prompt also names some of what cannot improve", 0, 1)
-    keep: float = option(0.0, "share of edits that have nothing to do: asked for what cannot improve, the worse answer "
-                         "stays as it is", 0, 0.99)
+    keep: float = option(0.0, "share of edits that have nothing to do: the worse answer stays as it is, asked for what "
+                         "it has already; there are none where one objective alone is scored", 0, 0.99)
     seed: int = option(0, "of the order of the objectives in each prompt, and of all that is drawn", -2**62, 2**62)
 
 

@@ -247,7 +247,7 @@ def train_editor(world, label, rows, times=1):
     random.Random(world.seed).shuffle(rows)
     chosen = {"equal": [row for row in rows if row["relation"] == "equal"],
               "better": [row for row in rows if row["relation"] != "equal"]}
-    warm = [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in chosen["equal"]]
+    warm = [{**row, "completion": row["prompt"][slice(*row["answer"])]} for row in chosen["equal"] or rows]
     few = max(1, world.steps // 10)
     first = fit(world, f"{label} warm-up", "better", warm, max_steps=few)
     rest = fit(world, label, "better", chosen["better"], world.out / f"{label} warm-up",

@@ -245,6 +245,11 @@ def test_an_empty_answer_is_not_to_stay_as_it_is():
     assert {(row["relation"], row["completion"]) for row in rows} == {("better", "one"), ("equal", "one")}
 
 
+def test_of_one_objective_alone_no_worse_answer_has_nothing_to_do():
+    rows = list(data.reformulate(list(random_rated(random.Random(7), 100)), [A], data.Pairing(keep=0.5)))
+    assert {row["relation"] for row in rows} == {"better", "equal"}
+
+
 def test_an_objective_of_several_wordings_is_asked_for_in_each_of_them():
     many = Objective("a", "be a", ("more of a", "A!"))
     rated = [{"prompt": "q", "responses": [response("one", a=1, b=1), response("two", a=0, b=0)]}] * 600
