@@ -69,7 +69,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "one wording each": Variant(worded=False)},
     "size": {name: Variant(shape={**story.FOUNDATION, **shape}) for name, shape in SHAPES.items()}
     | {RECIPE: Variant(), "twice the steps": Variant(steps={name: 2 * count for name, count in story.STEPS.items()}),
-       "AdamW": Variant(optimizer="adamw", lr=3e-3),  # at their best rates: LOG.md, "by Muon"
+       "AdamW": Variant(optimizer="adamw", lr=3e-3),  # the best rate without norms: LOG.md
        "no norms": Variant(shape={**story.FOUNDATION, "model_type": "llama"}, lr=5e-3)},
     "steps": {RECIPE: Variant(), "no warm-up": without("identity"),
               "partner": Variant(steps={"partner" if name == "identity" else name: count

@@ -198,9 +198,9 @@ def why_not(source, target, worse):
     return "the edit makes another objective worse" if worse else ""
 
 
-def named(names, full, pairing, generator):
-    """What a prompt names, of `names`, which improve, and of `full`, which cannot."""
-    others = [name for name in full if name not in names]
+def named(names, best, pairing, generator):
+    """What a prompt names, of `names`, which improve, and of `best`, which cannot."""
+    others = [name for name in best if name not in names]
     if pairing.subset and generator.random() < pairing.subset:
         names = some(names, generator)
     if pairing.best and others and generator.random() < pairing.best:
@@ -426,8 +426,8 @@ def print_counts(made, skipped):
 def run_show(file, count=3):
     """Print the first records of any file of answers."""
     (_, record), source = first_and_all(records(file), file)
-    made = "completion" in record and "label" not in record
-    rows = read_pairs(file, source=source) if made else (row for _, row in located_rated(file, "chosen", source=source))
+    paired = "completion" in record and "label" not in record
+    rows = read_pairs(file, source=source) if paired else (row for _, row in located_rated(file, "chosen", source=source))
     for which, row in enumerate(itertools.islice(rows, count), 1):
         for place, response in enumerate(row.pop("responses") if "completion" not in row else [], 1):
             scores = ", ".join(f"{name} {score:g}" for name, score in response["scores"].items())
