@@ -426,8 +426,8 @@ def print_counts(made, skipped):
 def run_show(file, count=3):
     """Print the first records of any file of answers."""
     (_, record), source = first_and_all(records(file), file)
-    pairs = "completion" in record and "label" not in record
-    rows = read_pairs(file, source=source) if pairs else (row for _, row in located_rated(file, "chosen", source=source))
+    pair = "completion" in record and "label" not in record
+    rows = read_pairs(file, source=source) if pair else (row for _, row in located_rated(file, "chosen", source=source))
     for which, row in enumerate(itertools.islice(rows, count), 1):
         for place, response in enumerate(row.pop("responses") if "completion" not in row else [], 1):
             scores = ", ".join(f"{name} {score:g}" for name, score in response["scores"].items())
