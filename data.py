@@ -403,7 +403,7 @@ def run_reformulate(files, out, objectives, objective, queries, template, pairin
         if not made and other:
             there = ", ".join(f"{count:,} {relation}" for relation, count in other.items())
             raise UserError(f"{files[0]}: gives no {' or '.join(relations)} example, but {there}; choose of these with "
-                            "--relations (keep needs --keep as well)")
+                            "--relations (keep needs --keep, and two objectives)")
         if not made:
             raise UserError(f"{files[0]}: gives no example (scored: {shorten(scored) or 'nothing'}); "
                             "give prompts with two answers or more, scored on the objectives asked for")
