@@ -410,13 +410,13 @@ def run_reformulate(files, out, objectives, objective, queries, template, pairin
 
     count = write_jsonl(out, examples())
     print(f"{out}: {count:,} examples, by how many objectives they ask for")
-    print_counts(made, skipped)
+    print_counts(made, skipped, [*TEMPLATE, *(["keep"] if pairing.keep else [])])
 
 
-def print_counts(made, skipped):
+def print_counts(made, skipped, relations):
     sizes = sorted({size for _, size in made})
     print(" " * 8 + "".join(f"{size:>11}" for size in [*sizes, "all"]))
-    for relation in [*TEMPLATE, *(["keep"] if any(relation == "keep" for relation, _ in made) else [])]:
+    for relation in relations:
         counts = [made[relation, size] for size in sizes]
         print(f"{relation:8}" + "".join(f"{count:>11,}" for count in [*counts, sum(counts)]))
     for reason, count in skipped.items():

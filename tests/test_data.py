@@ -245,9 +245,16 @@ def test_an_empty_answer_is_not_to_stay_as_it_is():
     assert {(row["relation"], row["completion"]) for row in rows} == {("better", "one"), ("equal", "one")}
 
 
-def test_of_one_objective_alone_no_worse_answer_has_nothing_to_do():
-    rows = list(data.reformulate(list(random_rated(random.Random(7), 100)), [A], data.Pairing(keep=0.5)))
+def test_of_one_objective_alone_no_worse_answer_has_nothing_to_do(tmp_path, capsys):
+    rated = list(random_rated(random.Random(7), 100))
+    rows = list(data.reformulate(rated, [A], data.Pairing(keep=0.5)))
     assert {row["relation"] for row in rows} == {"better", "equal"}
+    file = tmp_path / "rated.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rated))
+    for keep, zero in ((0.5, ["keep", "0", "0"]), (0.0, [])):  # which is told where it was asked for
+        data.run_reformulate([file], tmp_path / "pairs.jsonl", ["a: be a"], None, None, None, data.Pairing(keep=keep))
+        told = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("keep")]
+        assert told == ([zero] if zero else [])
 
 
 def test_an_objective_of_several_wordings_is_asked_for_in_each_of_them():
