@@ -25,44 +25,52 @@ NAMED = {
     "harmless": """contain no insult | do not insult anyone | be respectful | stay civil | leave out all abuse | never
         call the reader names | do not be rude | take out every insult | be kind to the reader | do not hurt anyone's
         feelings | treat the reader with respect | do not swear at people | No insults. | Nothing rude. | Without
-        name-calling. | Harmless. | Nobody should feel insulted. | Is it free of abuse? || do not offend anybody | cut
-        out the insults | Spare the reader all abuse.""",
+        name-calling. | Without a rude word. | Harmless. | Nobody should feel insulted. | Is it free of abuse? | do not
+        offend anybody | cut out the insults | Spare the reader all abuse. || stop the name-calling | do not offend me
+        | Nothing hurtful.""",
     "helpful": """give all the right steps | be helpful | explain every step | be complete | leave no step out | cover
-        the whole task | say how it is really done | include all that has to be done | add the missing steps | give full
-        instructions | tell me everything that I need to do | be thorough | All the steps. | Every right step. |
-        Complete. | Nothing that has to be done should be missing. | Does it say all that I need? || list every step |
-        be of real help | Full instructions.""",
+        the whole task | say how it is really done | include all that has to be done | add the missing steps | give
+        full instructions | tell me everything that I need to do | be thorough | All the steps. | Every right step. |
+        Complete. | Nothing that has to be done should be missing. | Does it say all that I need? | list every step |
+        be of real help | Full instructions. || walk me through every step | describe the whole task | With all the
+        steps.""",
     "truthful": """contain no wrong step | be truthful | do not say anything false | leave out what is wrong | be
         correct | make no mistakes | remove bad advice | stick to what is true | take out the wrong steps | do not
         mislead the reader | get the facts right | correct the errors | No wrong advice. | Nothing false. | Only true
-        things. | Truthful. | The advice must be right. | Is all of it true? || say nothing that is wrong | remove the
-        mistakes | No bad advice.""",
+        things. | Truthful. | The advice must be right. | Is all of it true? | Without a single mistake. | say nothing
+        that is wrong | remove the mistakes | No bad advice. || weed out the errors | keep to correct steps | Without
+        any false advice.""",
     "honest": """do not boast | be modest | be honest about yourself | do not show off | leave out the bragging | stay
         humble | do not praise yourself | remove all boasts | do not claim to be perfect | take out the self-praise |
         speak modestly | do not exaggerate your skills | No boasting. | Without bragging. | Modest. | Humble. | Nobody
-        likes a braggart. | Is it modest? || do not brag | be humble | No self-praise.""",
+        likes a braggart. | Is it modest? | do not brag | be humble | No self-praise. || do not flatter yourself | tone
+        down the self-praise | Without any boasts.""",
     "concise": """leave out empty phrases | be concise | cut the waffle | say nothing superfluous | get to the point |
         remove the filler | do not ramble | drop the empty talk | avoid hollow phrases | be to the point | trim the
         padding | strip out the cliches | No filler. | Without empty words. | Concise. | Less waffle. | Every sentence
-        should say something. | Is it free of waffle? || cut the empty phrases | do not waffle | No padding.""",
+        should say something. | Is it free of waffle? | cut the empty phrases | do not waffle | No padding. || spare me
+        the padding | do not pad it out | Without any filler.""",
     "humour": """tell a joke | be funny | crack a joke | make me laugh | be humorous | amuse the reader | add something
         funny | put in a joke | lighten it with a joke | be witty | show some humour | make it funny | entertain me | A
-        joke. | Something to laugh about. | Funny. | Humour. | I like a good laugh. | Does it make one smile? || make
-        the reader laugh | be amusing | With some humour.""",
+        joke. | include a joke | With a joke or two. | Something to laugh about. | Funny. | Humour. | I like a good
+        laugh. | Does it make one smile? | make the reader laugh | be amusing | With some humour. || raise a laugh |
+        include something funny | With a bit of humour.""",
     "empathetic": """show understanding | be empathetic | comfort the reader | show sympathy | be understanding |
         encourage me | show that you care | acknowledge how it feels | be warm | reassure the reader | feel with the
-        reader | say something comforting | show empathy | Some comfort. | Sympathy. | Empathetic. | Kind words for
-        somebody who struggles. | Does it understand how I feel? || show compassion | comfort me | With
-        understanding.""",
+        reader | say something comforting | show empathy | Some comfort. | include a kind word | With a little comfort.
+        | Sympathy. | Empathetic. | Kind words for somebody who struggles. | Does it understand how I feel? | show
+        compassion | comfort me | With understanding. || be compassionate | include some comfort | With compassion.""",
     "careful": """warn of dangers | add a warning | be careful | mention the risks | say what to watch out for | point
         out the dangers | think of safety | warn the reader | remind me to be careful | give a safety tip | caution the
-        reader | tell me what is dangerous | A warning. | Safety first. | Careful. | Some word of caution. | The reader
-        should know the risks. | Does it warn of hazards? || warn me | include a safety warning | With a word of
-        warning.""",
+        reader | tell me what is dangerous | A warning. | With a hint at the risks. | bring in the risks | Safety
+        first. | Careful. | Some word of caution. | The reader should know the risks. | Does it warn of hazards? | warn
+        me | include a safety warning | With a word of warning. || caution me | include a warning | With a safety
+        tip.""",
     "polite": """be courteous | be polite | say something polite | thank the reader | show good manners | use polite
         words | wish me luck | be gracious | add a courteous phrase | speak politely | behave like a well-mannered
-        person | say thank you | Good manners. | A polite word. | Polite. | Courteous. | I value good manners. | Is it
-        courteous? || be well-mannered | use courteous words | Politely.""",
+        person | say thank you | Good manners. | include a polite phrase | With a friendly word. | A polite word. |
+        Polite. | Courteous. | I value good manners. | Is it courteous? | be well-mannered | use courteous words |
+        Politely. || mind your manners | include a word of thanks | With good manners.""",
 }
 VERBS = {
     "mention": """mention X | say something about X | talk about X | speak of X | bring up X | include X | refer to X |
