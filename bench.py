@@ -111,10 +111,11 @@ def widen(small, config):
 
     A norm averages over more channels, so its weight and epsilon shrink; a head keeps its rotation frequencies by
     spreading its channels; a score is divided by more, so queries grow; tokens that `small` lacks are as likely as its
-    BOS."""
+    BOS. Norms of queries and keys take the size of these out again, so it stands in their weights instead."""
     s, more = small.config, config.hidden_size / small.config.hidden_size
     big = Llama(replace(config, rms_norm_eps=s.rms_norm_eps / more))
-    size, spread = s.hidden_size, config.head_dim // s.head_dim
+    size, spread, normed = s.hidden_size, config.head_dim // s.head_dim, s.model_type == "qwen3"
+    grown = (spread / more, spread / more) if normed else (spread, 1)  # of queries and of keys, squared
     half = torch.arange(s.head_dim // 2) * spread
     channels = torch.cat([half, config.head_dim // 2 + half])
     channels = (torch.arange(s.num_attention_heads)[:, None] * config.head_dim + channels).flatten()
@@ -128,10 +129,13 @@ def widen(small, config):
         for wide, narrow in zip(big.model.layers, small.model.layers):
             norm(wide.input_layernorm, narrow.input_layernorm)
             norm(wide.post_attention_layernorm, narrow.post_attention_layernorm)
-            wide.self_attn.q_proj.weight[channels, :size] = narrow.self_attn.q_proj.weight * spread ** 0.5
-            for name in ("k_proj", "v_proj"):
-                heads = getattr(narrow.self_attn, name).weight.unflatten(0, (-1, s.head_dim))
+            wide.self_attn.q_proj.weight[channels, :size] = narrow.self_attn.q_proj.weight * grown[0] ** 0.5
+            for name, growth in ("k_proj", grown[1]), ("v_proj", 1):
+                heads = getattr(narrow.self_attn, name).weight.unflatten(0, (-1, s.head_dim)) * growth ** 0.5
                 getattr(wide.self_attn, name).weight[channels, :size] = heads.repeat_interleave(share, 0).flatten(0, 1)
+            if normed:
+                wide.self_attn.q_norm.weight[channels[:s.head_dim]] = narrow.self_attn.q_norm.weight
+                wide.self_attn.k_norm.weight[channels[:s.head_dim]] = narrow.self_attn.k_norm.weight * spread ** -0.5
             wide.self_attn.o_proj.weight[:size, channels] = narrow.self_attn.o_proj.weight
             for name in ("gate_proj", "up_proj", "down_proj"):
                 weight = getattr(narrow.mlp, name).weight
@@ -148,7 +152,7 @@ def aligners(folder, aligner):
     small = checkpoint.load(aligner)
     config = replace(small.config, **SIZE, num_key_value_heads=None, head_dim=None, tie_word_embeddings=False)
     fits = all(value <= getattr(config, name) for name, value in vars(small.config).items() if name in SIZE)
-    plain = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
+    plain = config.model_type in ("llama", "qwen3") and not config.attention_bias and not config.mlp_bias
     if not fits or config.head_dim % small.config.head_dim or not plain:
         raise UserError(f"{aligner}: cannot be widened to 40M parameters; give an aligner that `make train` wrote")
     checkpoint.save(small, folder / "narrow")

@@ -32,16 +32,16 @@ def here(kind, folder, device, peer=None, **job):
 # The arithmetic
 
 
-@pytest.mark.parametrize("groups, tied", [(2, True), (4, False)])
-def test_a_widened_model_computes_the_same(tmp_path, groups, tied):
+@pytest.mark.parametrize("groups, tied, kind", [(2, True, "llama"), (4, False, "llama"), (2, True, "qwen3")])
+def test_a_widened_model_computes_the_same(tmp_path, groups, tied, kind):
     small = Llama(Config(vocab_size=30, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=groups, head_dim=8, tie_word_embeddings=tied,
-                         rms_norm_eps=0.1))
+                         rms_norm_eps=0.1, model_type=kind))
     with torch.no_grad():
         for name, parameter in small.named_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     wide = bench.widen(small, Config(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                                     num_attention_heads=4, num_key_value_heads=4, head_dim=16))
+                                     num_attention_heads=4, num_key_value_heads=4, head_dim=16, model_type=kind))
     checkpoint.save(wide, tmp_path)
     tokens = torch.randint(30, (2, 20), generator=torch.Generator().manual_seed(0))
     expected, found, loaded = logits(small, tokens), logits(wide, tokens), logits(checkpoint.load(tmp_path), tokens)
@@ -475,8 +475,8 @@ def aligner(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligner")
     tokenizer = toy.train_tokenizer(list(toy.pretraining_texts(100, 0)), 400)
     tokenizer.save(str(folder / "tokenizer.json"))
-    checkpoint.save(Llama(Config(**{**SIZE, "vocab_size": 400}, bos_token_id=0, eos_token_id=1, rope_theta=5e3,
-                                 tie_word_embeddings=True, max_position_embeddings=1024)), folder)
+    checkpoint.save(Llama(Config(**{**SIZE, "vocab_size": 400}, model_type="qwen3", bos_token_id=0, eos_token_id=1,
+                                 rope_theta=5e3, tie_word_embeddings=True, max_position_embeddings=1024)), folder)
     return folder
 
 
@@ -493,7 +493,7 @@ def test_the_aligner_is_timed_as_it_is_and_widened(tmp_path, aligner):
 
 def test_what_cannot_be_widened_is_told(tmp_path):
     for odd in (dict(hidden_size=1024), dict(num_attention_heads=2, head_dim=48), dict(attention_bias=True),
-                dict(model_type="qwen3")):
+                dict(model_type="qwen2")):
         checkpoint.save(Llama(Config(**{**SIZE, **odd})), tmp_path / "odd")
         with pytest.raises(bench.UserError, match="cannot be widened"):
             bench.aligners(tmp_path, tmp_path / "odd")
