@@ -355,7 +355,7 @@ def as_one(x, places, rows):
 # Log-probabilities: every loss is made of these
 
 
-KEEP = 2**25  # logits, in number: up to so many are kept for the backward pass (about 300 MB), more are recomputed
+KEEP = 2**27  # logits, in number: up to so many are kept for the backward pass (about 1 GB), more are recomputed
 CHUNK = 2**27  # logits at a time on a GPU (0.5 GB): each chunk casts the head, and adds to a gradient of its size
 
 
