@@ -32,10 +32,10 @@ def stream(llama, prompts, max_new_tokens, rows, temperature=0.0, stop_ids=(), s
     (number of the prompt, its new token ids without the stop token) as they finish.
 
     prompts: lists of token ids, of any lengths (at least 1). temperature 0 is greedy. seed: an int, or one per prompt;
-    what a prompt's continuation is depends on its own seed and not on its neighbours. draft: up to so many tokens per
-    step and row are looked up in the text before; this changes how long it takes, not what is written. acceptance: what
-    is known of a model's copying (see Acceptance), and grows. filters: top_k, ... of filtered_probs, where there is a
-    temperature. keep_stop: what is yielded ends with the stop token, where there was one.
+    what a prompt's continuation is depends on its own seed and, but for rounding (of bf16, in one edit of 50), not on
+    its neighbours. draft: up to so many tokens per step and row are looked up in the text before; this changes how long
+    it takes, not what is written. acceptance: what is known of a model's copying, and grows. filters: top_k, ... of
+    filtered_probs, where there is a temperature. keep_stop: what is yielded ends with the stop token, if there was one.
     """
     if min(map(len, prompts), default=1) == 0:
         raise UserError("generate: a prompt has no tokens; give it at least the BOS token")

@@ -167,6 +167,8 @@ def test_limit(world, aligned, tmp_path, monkeypatch):
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(world, aligned, tmp_path, monkeypatch):
+    """In fp32: in bf16, products of one row and of several are rounded otherwise now and then."""
+    monkeypatch.setattr(align, "computes_bf16", lambda device: False)
     texts = {}
     for name, batch, seed in (("a", 1, 5), ("b", 4, 5), ("c", 9, 5), ("d", 4, 6)):
         words = command(world, tmp_path / name, "--temperature", 1, "--seed", seed, "--batch", batch)
