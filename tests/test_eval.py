@@ -1,6 +1,7 @@
 """Judges and win rates, against figures worked out by hand, and the command line."""
 import csv
 import gzip
+import io
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -232,8 +235,12 @@ def test_concurrency_is_used_and_bounded(serve):
 
 
 def run(*arguments, folder):
-    command = [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=60)
+    """The command line in a folder, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        status = conftest.run(evaluation, patch, arguments)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def write_rows(path, rows):
