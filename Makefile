@@ -63,7 +63,7 @@ runs: setup  ## runs side by side: options, losses, figures; RUNS="runs/a runs/b
 	$(PY) runs.py $(or $(RUNS),$(OUT)) $(ARGS)
 
 bench: setup  ## how fast it is here, in short; PEER=python times transformers and TRL beside it
-	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER))
+	$(PY) bench.py --aligner $(OUT)/aligner --steps 2 --count 16 $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 gpu: setup  ## on a machine with a GPU: its tests, and how fast it is, in 15 minutes; without make: python bench.py gpu
 	$(PY) bench.py gpu $(if $(PEER),--peer $(PEER)) $(ARGS)
