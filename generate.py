@@ -125,7 +125,7 @@ class Cache:
         positions = [length + i for length, count in zip(before, counts) for i in range(count)]
         self.rows, self.positions = torch.tensor([rows, positions], device=device).split(1)          # (1, N) each
         self.lengths[first:first + len(counts)] = map(sum, zip(before, counts))
-        self.room = -(-(max(positions) + 1) // 64) * 64  # rounded up: what bf16 rounds hangs on it, not on neighbours
+        self.room = -(-(max(positions) + 1) // 64) * 64  # rounded up, so that bf16 seldom rounds otherwise
         if self.room > self.block.size(4):
             self.block = F.pad(self.block, (0, 0, 0, self.room - self.block.size(4)))
         self.packed = Packed(counts, device, partial(sdpa, is_causal=True)) if not any(before) else None
