@@ -92,6 +92,7 @@ class Options:
 RECIPE = Options()
 FOUNDATION, READING, STEPS, QUESTIONS = RECIPE.shape, RECIPE.reading, RECIPE.steps, RECIPE.questions
 PAIRING = data.Pairing(dominance=True, best=0.2, keep=0.08)
+DAMAGE = (0, 0, 0.1, 0.3)                # of rated answers (toy.rated): what is broken is to be left as it is
 CONTRAST = dict(beta=0.2, sft_coef=0.1)  # of the fourth step
 QUICK = dict(layers=2, width=128, word_steps=50, text_steps=70, small_steps=60, large_steps=20, identity_steps=20,
              equal_steps=5, better_steps=60, contrast_steps=5, questions=500, prompts=6)
@@ -144,7 +145,7 @@ def train_policies(out, foundation, seed, device, options=RECIPE):
 def write_pairs(out, seed, pairing=PAIRING, questions=QUESTIONS, worded=True, **rating):
     """Rated answers to files, and the pairs made of them, each objective in one of its wordings (or, not worded, in the
     same one always). rating: keywords of toy.rated."""
-    rows = list(toy.rated(questions, seed + 1, **rating))
+    rows = list(toy.rated(questions, seed + 1, **{"damage": DAMAGE, **rating}))
     names = sorted({name for row in rows for response in row["responses"] for name in response["scores"]})
     objectives = [wordings.objective(name) for name in names]
     if not worded:

@@ -363,20 +363,23 @@ def wishes(rng, verbs, words, made_up):
 LENGTHS = (0.1, 0.2, 0.4, 1.0)  # of rated answers, in shares of a whole one: what to take out is learned from brief ones
 
 
-def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5):
+def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5, damage=(0,)):
     """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft, of
     anybody's manners: all sentences of a trait are dropped or added with a chance of up to `varied`, another for each
     question. A rater scores what there is to see: the named objectives, and one or two wishes.
 
     bent: the share of answers that are varied towards good or towards bad only, towards good if they grant the
-        wishes."""
+        wishes.
+    damage: shares of the sentences, one drawn for each question, that lack some of their letters in all its answers."""
     rng = random.Random(seed)
     for _ in range(count):
         prompt, number = question(rng)
         names, asked = wishes(rng, ASKED, words, made_up)
         aside = [(rng.choice(PLACES), any_word(rng, words, made_up)) for _ in range(rng.choice((0, 1, 1, 2)))]
-        sentences = material(rng, number, asked + aside)
-        chance, rare = manners(rng, rng.choice(LENGTHS)), varied * rng.random()
+        share = rng.choice(damage)
+        sentences = [("damaged", damaged(rng, sentence)) if rng.random() < share else (trait, sentence)
+                     for trait, sentence in material(rng, number, asked + aside)]
+        chance, rare = manners(rng, rng.choice(LENGTHS)) | {"damaged": 0.5}, varied * rng.random()
         draft = [rng.random() < chance_of(trait, chance) for trait, _ in sentences]
         free = {f"about {word}" for _, word in asked}  # what is said aside stays, unless length is what is asked for
         free |= {f"about {word}" for _, word in aside} if any(name.startswith("at") for name in names) else set()
@@ -384,6 +387,13 @@ def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, 
         scored = [*NAMED, *names]
         yield {"prompt": prompt, "golden": write(rng, sentences, GOLDEN),
                "responses": [{"text": t, "scores": {n: score(n, prompt, t) for n in scored}} for t in texts]}
+
+
+def damaged(rng, sentence):
+    """The sentence without a few letters in a row, as a weak policy writes it."""
+    begin = rng.randrange(len(sentence) - 1)
+    end = min(begin + rng.randint(1, 20), len(sentence) - 1)  # its stop stays
+    return sentence[:begin] + sentence[end:]
 
 
 def variation(rng, sentences, draft, free, rare, names, bent):

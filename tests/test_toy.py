@@ -288,6 +288,24 @@ def test_rated_answers_have_their_scores_and_pairs_that_dominate():
     assert better > 200  # of 300 rows
 
 
+def test_damaged_sentences_make_no_sense_and_stand_in_all_answers_to_a_question():
+    """Each is a sentence of the world without some letters in a row; undamaged, there are none."""
+    kept = found = 0
+    for row in toy.rated(300, 5, damage=(0.3,)):
+        broken = [[sentence for sentence in toy.sentences_of(response["text"])
+                   if "garbled" in toy.traits(row["prompt"], sentence)] for response in row["responses"]]
+        assert all(response["scores"] == {name: toy.score(name, row["prompt"], response["text"])
+                                          for name in response["scores"]} for response in row["responses"])
+        kept += all(sentences == broken[0] for sentences in broken)
+        found += bool(broken[0])
+    assert kept == 300 and found > 150
+    rng = random.Random(0)
+    for sentence in list(toy.TRAIT_OF) * 5:
+        short = toy.damaged(rng, sentence)
+        assert any(sentence.startswith(short[:cut]) and sentence.endswith(short[cut:]) for cut in range(len(short)))
+        assert 1 <= len(sentence) - len(short) <= 20 and short[-1] == sentence[-1]
+
+
 def test_wishes_are_granted_by_some_answers_and_not_by_others():
     """Else there would be nothing to learn from them."""
     granted = {}
