@@ -80,7 +80,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
               "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.2": paired(keep=0.2),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant(),
-              "recipe, no damage": Variant(rating={"damage": (0,)})},
+              "recipe, no damage": Variant(rating={"damage": ()})},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},
 }

@@ -363,7 +363,7 @@ def wishes(rng, verbs, words, made_up):
 LENGTHS = (0.1, 0.2, 0.4, 1.0)  # of rated answers, in shares of a whole one: what to take out is learned from brief ones
 
 
-def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5, damage=(0,)):
+def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, varied=0.5, damage=()):
     """Preference data: rows as `data.read_rated` gives them. The answers to a question are variations of one draft, of
     anybody's manners: all sentences of a trait are dropped or added with a chance of up to `varied`, another for each
     question. A rater scores what there is to see: the named objectives, and one or two wishes.
@@ -376,9 +376,11 @@ def rated(count, seed, words=TRAINED_WORDS, made_up=0.5, responses=4, bent=0.8, 
         prompt, number = question(rng)
         names, asked = wishes(rng, ASKED, words, made_up)
         aside = [(rng.choice(PLACES), any_word(rng, words, made_up)) for _ in range(rng.choice((0, 1, 1, 2)))]
-        share = rng.choice(damage)
-        sentences = [("damaged", damaged(rng, sentence)) if rng.random() < share else (trait, sentence)
-                     for trait, sentence in material(rng, number, asked + aside)]
+        share = rng.choice(damage) if damage else 0
+        sentences = material(rng, number, asked + aside)
+        if damage:
+            sentences = [("damaged", damaged(rng, sentence)) if rng.random() < share else (trait, sentence)
+                         for trait, sentence in sentences]
         chance, rare = manners(rng, rng.choice(LENGTHS)) | {"damaged": 0.5}, varied * rng.random()
         draft = [rng.random() < chance_of(trait, chance) for trait, _ in sentences]
         free = {f"about {word}" for _, word in asked}  # what is said aside stays, unless length is what is asked for
