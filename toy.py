@@ -300,9 +300,11 @@ def chance_of(trait, chance):
 
 
 def join(sentences, kept):
-    """The text of the kept sentences; the first right step where none is, since an answer is never empty."""
+    """The text of the kept sentences; where none is, the first right step or, if all are damaged, the first sentence,
+    since an answer is never empty."""
     said = [sentence for (_, sentence), keep in zip(sentences, kept) if keep]
-    return " ".join(said or [sentence for trait, sentence in sentences if trait == "right"][:1])
+    right = [sentence for trait, sentence in sentences if trait == "right"]
+    return " ".join(said or (right or [sentence for _, sentence in sentences])[:1])
 
 
 GOLDEN = {"right": 0.75, "wrong": 0.2, "insult": 0.1, "boast": 0.25, "filler": 0.2, "digression": 0.5, "joke": 0.45,

@@ -299,6 +299,7 @@ def test_damaged_sentences_make_no_sense_and_stand_in_all_answers_to_a_question(
         kept += all(sentences == broken[0] for sentences in broken)
         found += bool(broken[0])
     assert kept == 300 and found > 150
+    assert toy.join([("damaged", "Fill the ket."), ("filler", "So.")], [False, False]) == "Fill the ket."
     rng = random.Random(0)
     for sentence in list(toy.TRAIT_OF) * 5:
         short = toy.damaged(rng, sentence)
