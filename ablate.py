@@ -94,13 +94,11 @@ UNSEEN = ("avoid", "mention", "begin", "end", "twice", "butnot")  # of words nev
 
 def train_variant(out, folder, variant, seed, scale, device):
     """Train a variant's aligner into a folder, on a foundation that variants of its shape share."""
-    def scaled(steps):
-        return {name: math.ceil(scale * count) for name, count in steps.items()}
     kind, width = variant.shape["model_type"], variant.shape["hidden_size"]
-    base = out / f"foundation-{variant.optimizer}-{kind}-{width}-{seed}-{scale:g}"
+    base = out / f"foundation-{variant.optimizer}-{kind}-{width}-{seed}"
     options = replace(story.RECIPE, optimizer=variant.optimizer, lr=variant.lr)
-    texts = story.pretrain(base, seed, device, scaled(story.READING), variant.shape, options=options)
-    steps = scaled(variant.steps)
+    texts = story.pretrain(base, seed, device, shape=variant.shape, options=options)
+    steps = {name: math.ceil(scale * count) for name, count in variant.steps.items()}
     questions = math.ceil(story.QUESTIONS * max(steps.values()) / max(story.STEPS.values()))
     pairs = story.write_pairs(folder, seed, variant.pairing, questions, variant.worded, **variant.rating)
     story.train_aligner(folder, base / "foundation", pairs, texts, seed, device, steps, options)
@@ -262,7 +260,8 @@ def main():
     add("--out", default="runs/ablate", metavar="FOLDER", help="where everything is written (default runs/ablate)")
     add("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES), metavar="F", help="which (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of data, training and questions (0 1 2)")
-    add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps (default 1)")
+    add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps of an aligner; "
+        "its foundation always reads as long as the story's (default 1)")
     add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()

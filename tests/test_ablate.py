@@ -194,8 +194,8 @@ def test_the_unseen_wishes_for_an_answer_can_be_granted_together(scripted):
 def untrained(monkeypatch):
     """Variants without a training, whose edits append a joke; gives what was trained and how many edits were made."""
     done = {"trained": [], "edited": []}
-    monkeypatch.setattr(story, "pretrain", lambda out, seed, device, *how, options:
-                        done["trained"].append((out.name, how, (options.optimizer, options.lr))))
+    monkeypatch.setattr(story, "pretrain", lambda out, seed, device, shape, options:
+                        done["trained"].append((out.name, shape, (options.optimizer, options.lr))))
     monkeypatch.setattr(story, "write_pairs", lambda folder, *words, **more: done["trained"].append((words, more)))
     monkeypatch.setattr(story, "train_aligner", lambda *words:
                         done["trained"].append((words[0].name, words[-2], (words[-1].optimizer, words[-1].lr))))
@@ -232,11 +232,10 @@ def test_a_variant_is_measured_once_by_the_same_code_on_the_same_questions(untra
 def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     variant = ablate.FIGURES["words"]["10 words"]
     ablate.run_variant(tmp_path, "words", "10 words", 3, 0.5, 1, "cpu")
-    (base, (reading, shape), first), (how, rating), (_, steps, last) = untrained["trained"]
+    (base, shape, first), (how, rating), (_, steps, last) = untrained["trained"]
     seed, pairing, questions, worded = how
     assert first == last == ("muon", 1e-2)
-    assert shape == variant.shape and base.endswith("-3-0.5") and seed == 3
-    assert reading == {name: math.ceil(count / 2) for name, count in story.READING.items()}
+    assert shape == variant.shape and base.endswith("-3") and seed == 3
     assert (pairing, worded, rating) == (variant.pairing, True, variant.rating)
     assert steps == {name: math.ceil(count / 2) for name, count in story.STEPS.items()}
     assert questions == math.ceil(story.QUESTIONS / 2)
@@ -245,7 +244,7 @@ def test_a_variant_is_trained_as_its_name_says(untrained, tmp_path):
     (other, _, first), _, (_, _, last) = untrained["trained"][3:]
     assert first == last == ("adamw", 3e-3) and other != base
     ablate.run_variant(tmp_path, "size", "no norms", 3, 0.5, 1, "cpu")
-    (third, (_, shape), _), _, (_, _, last) = untrained["trained"][6:]
+    (third, shape, _), _, (_, _, last) = untrained["trained"][6:]
     assert last == ("muon", 5e-3) and shape["model_type"] == "llama" and len({base, other, third}) == 3
 
 
