@@ -260,8 +260,8 @@ def main():
     add("--out", default="runs/ablate", metavar="FOLDER", help="where everything is written (default runs/ablate)")
     add("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES), metavar="F", help="which (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of data, training and questions (0 1 2)")
-    add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps of an aligner; "
-        "its foundation always reads as long as the story's (default 1)")
+    add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps that an "
+        "aligner takes; its foundation always reads as long as the story's (default 1)")
     add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
