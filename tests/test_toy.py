@@ -289,7 +289,7 @@ def test_rated_answers_have_their_scores_and_pairs_that_dominate():
 
 
 def test_damaged_sentences_make_no_sense_and_stand_in_all_answers_to_a_question():
-    """Each is a sentence of the world without some letters in a row; undamaged, there are none."""
+    """Each is a sentence of the world without some letters in a row."""
     kept = found = 0
     for row in toy.rated(300, 5, damage=(0.3,)):
         broken = [[sentence for sentence in toy.sentences_of(response["text"])
