@@ -113,17 +113,12 @@ def answered(seed, count):
     return found
 
 
-def table_of(items):
-    """The mean over policies of what edited items show."""
-    return measure.over_policies({policy: measure.figures([item for item in items if item["policy"] == policy])
-                                  for policy in toy.POLICIES})
-
-
 def all_kinds(aligner, seed, count):
-    """{"": the table of every kind of request}."""
+    """{"": the table of every kind of request, and under "summary" the lines that are told of it}."""
     items = [item for policy, (prompts, answers) in answered(seed, count).items()
              for item in measure.requests(policy, prompts, answers, seed)]
-    return {"": table_of(story.edit(aligner, items, seed))}
+    edited = story.edit(aligner, items, seed)
+    return {"": {**measure.figures(edited), "summary": measure.summary(edited)}}
 
 
 def one_by_one(aligner, seed, count):
@@ -140,7 +135,7 @@ def one_by_one(aligner, seed, count):
         edited = story.edit(aligner, items, seed)
         parts = {"trained": (0, 3), "unseen": (3, 9), "the first unseen": (3, 4)}
         found[str(number_asked)] = {
-            kind: table_of([{**item, "judged": item["names"][begin:end]} for item in edited])["all"]
+            kind: measure.figures([{**item, "judged": item["names"][begin:end]} for item in edited])["all"]
             for kind, (begin, end) in parts.items() if number_asked or kind == "trained"}
     return found
 
@@ -170,12 +165,12 @@ def rounds_and_numbers(aligner, seed, count):
         items = [item_of(policy, prompt, answer, rng.sample(list(toy.NAMED), asked))
                  for policy, (prompts, answers) in everything.items() for prompt, answer in zip(prompts, answers)]
         edited = story.edit(aligner, items, seed)
-        found[f"{asked} asked"] = {"all": table_of(edited)["all"]}
+        found[f"{asked} asked"] = {"all": measure.figures(edited)["all"]}
     for turn in (1, 2, 3):  # of the nine, against the policy's own answer
         if turn > 1:
             again = story.edit(aligner, [{**item, "original": item["aligned"]} for item in edited], seed)
             edited = [{**item, "aligned": new["aligned"]} for item, new in zip(edited, again)]
-        found[f"round {turn}"] = {"all": table_of(edited)["all"]}
+        found[f"round {turn}"] = {"all": measure.figures(edited)["all"]}
     return found
 
 
@@ -207,51 +202,81 @@ def plain(text):
 
 
 def gathered(rows):
-    """{figure: {(variant, at): {seed: table}}} of rows."""
+    """{figure: {name: {line: {seed: cell}}}} of rows, a name being a variant's, and what it was measured at; a cell has
+    mean and interval."""
     found = {}
     for row in rows:
-        seeds = found.setdefault(row["figure"], {}).setdefault((row["variant"], row["at"]), {})
-        table = seeds.setdefault(row["seed"], {}).setdefault(row["kind"], {})
-        table[row["measure"]] = {"mean": row["mean"], "n": row["n"]}
-    return found
+        kinds = found.setdefault(row["figure"], {}).setdefault(f"{row['variant']} {row['at']}".strip(), {})
+        cells = kinds.setdefault(row["kind"], {}).setdefault(row["measure"], {})
+        cells[row["seed"]] = {"mean": row["mean"], "interval": row["interval"]}
+    return {figure: {name: lines_of(kinds) for name, kinds in names.items()} for figure, names in found.items()}
 
 
-def lines_of(tables):
-    """{line: [value of each seed]} of tables {seed: table}: the summary's lines, or each kind's net and worse."""
+def lines_of(kinds):
+    """{line: {seed: cell}} of {kind: {measure: {seed: cell}}}: the summary's, or else net, worse and kept of each kind.
+    """
+    if "summary" in kinds:
+        return kinds["summary"]
+    return {f"{measured}, {kind}": cells[measured] for kind, cells in kinds.items()
+            for measured in ("net", "worse", "kept") if measured in cells}
+
+
+def joined(seeds):
+    """(mean, half the width of its 95 % interval over seeds, the same over prompts) of {seed: cell}; each seed asks
+    questions of its own, so that their doubts are added as squares."""
+    halves = [(cell["interval"][1] - cell["interval"][0]) / 2 for cell in seeds.values() if cell["interval"]]
+    over_prompts = math.hypot(*halves) / len(seeds) if len(halves) == len(seeds) else None
+    return *over_seeds([cell["mean"] for cell in seeds.values()]), over_prompts
+
+
+def beside(lines, recipe):
+    """{line: (mean, half an interval over seeds, None)} of the differences to the recipe, seed by seed."""
     found = {}
-    for table in tables.values():
-        whole = len(table) > 4
-        lines = measure.summary(table) if whole else {f"{measured}, {kind}": table[kind][measured]["mean"]
-                                                      for kind in table for measured in ("net", "worse", "kept")
-                                                      if measured in table[kind]}
-        for line, value in lines.items():
-            found.setdefault(line, []).append(value)
+    for line, seeds in lines.items():
+        differences = [cell["mean"] - recipe[line][seed]["mean"] for seed, cell in seeds.items()
+                       if seed in recipe.get(line, {})]
+        if differences:
+            found[line] = *over_seeds(differences), None
     return found
 
 
 def report(out, rows):
     """A page and a text of tables, a chart of what is asked for in each figure."""
-    parts, texts = [], []
+    parts, texts = [f"<p>{LEGEND}</p>"], []
     for figure, variants in gathered(rows).items():
-        lines = {" ".join(filter(None, key)): lines_of(tables) for key, tables in variants.items()}
-        names = list(dict.fromkeys(name for found in lines.values() for name in found))
-        cells = {key: {name: over_seeds(values) for name, values in found.items()} for key, found in lines.items()}
-        table = [(key, *(told(found.get(name)) for name in names)) for key, found in cells.items()]
+        cells = {name: {line: joined(seeds) for line, seeds in lines.items()} for name, lines in variants.items()}
+        names = list(dict.fromkeys(line for found in cells.values() for line in found))
+        bars = [bar_of(name, found, names[:3]) for name, found in cells.items()]
+        parts += [f"<h2>{figure}</h2>", f'<div class="card"><p class="small">{"; ".join(names[:3])}</p>',
+                  bar_chart(bars, -100, 100, "; ".join(names[:3])), "</div>"]
+        recipe = variants.get(RECIPE, {})
+        cells |= {f"{name}, less the recipe": beside(lines, recipe) for name, lines in variants.items()
+                  if recipe and name != RECIPE}
+        parts.append(html_table(["", *names], [(key, *(told(found.get(name)) for name in names))
+                                               for key, found in cells.items()]))
         texts += [figure] + [f"  {key}: " + "; ".join(f"{name} {told(value)}" for name, value in found.items())
                              for key, found in cells.items()]
-        first = names[:3]
-        shown = {key: [(name, found[name][0]) for name in first if name in found] for key, found in cells.items()}
-        bars = [(key, [(0, mean, "after" if name == first[0] else "before") for name, mean in means], None,
-                 ", ".join(f"{mean:.0f}" for _, mean in means)) for key, means in shown.items()]
-        parts += [f"<h2>{figure}</h2>", f'<div class="card"><p class="small">{"; ".join(first)}</p>',
-                  bar_chart(bars, -100, 100, "; ".join(first)), "</div>", html_table(["", *names], table)]
     write_page(out / "report.html", "nanoalign: what generalisation takes", parts)
-    return "\n".join(texts)
+    return "\n".join([*texts, LEGEND])
+
+
+def bar_of(name, cells, lines):
+    """A line of the chart, a bar for each of the lines."""
+    means = [(line, cells[line][0]) for line in lines if line in cells]
+    bars = [(0, mean, "after" if line == lines[0] else "before") for line, mean in means]
+    return name, bars, None, ", ".join(f"{mean:.0f}" for _, mean in means)
 
 
 def told(value):
-    mean, half = value or (None, None)
-    return "-" if mean is None else f"{mean:+.1f}" + (f" ±{half:.1f}" if half is not None else "")
+    """A triple as `joined` gives it as text."""
+    if value is None:
+        return "-"
+    mean, seeds, prompts = value
+    return f"{mean:+.1f}" + (f" ±{seeds:.1f}" if seeds is not None else "") + (
+        f" (±{prompts:.1f})" if prompts is not None else "")
+
+
+LEGEND = "±: 95 % over seeds (Student's t); in brackets over prompts (bootstrap). Less the recipe: seed by seed."
 
 
 def main():

@@ -204,21 +204,21 @@ def direct_figures(read, seed):
             "losses": int((worth == 0).sum()), "net": net, "net_interval": interval}
 
 
-def mean_and_interval(values, groups, seed=0, resamples=2000):
-    """100 x the mean of `values` (n,), and its [low, high]: the 2.5th and 97.5th percentile over resamples of `groups`,
-    such as prompts, a key per value: values of one group are drawn together. (None, None) where there is no value, no
-    interval for a single group."""
+def mean_and_interval(values, groups, seed=0, weights=None):
+    """100 x the mean of `values` (n,), by `weights` (n,) if given, and its [low, high]: the 2.5th and 97.5th percentile
+    over 2,000 resamples of `groups`, such as prompts, a key per value: values of one group are drawn together. (None,
+    None) where there is no value, no interval for a single group."""
     if not len(values):
         return None, None
-    values, numbers = numpy.asarray(values), {}
+    values, numbers, weights = numpy.asarray(values), {}, numpy.ones(len(values)) if weights is None else weights
     group = numpy.array([numbers.setdefault(key, len(numbers)) for key in groups])
-    mean = float(100 * values.mean())
+    mean = float(100 * numpy.average(values, weights=weights))
     if len(numbers) == 1:
         return mean, None
-    total, count = numpy.bincount(group, values), numpy.bincount(group)
+    total, count = numpy.bincount(group, values * weights), numpy.bincount(group, weights)
     generator = numpy.random.default_rng(seed)
     means = []
-    for _ in range(resamples // 100):  # a hundred at a time, so that memory stays small
+    for _ in range(20):  # a hundred resamples at a time, so that memory stays small
         draw = generator.integers(len(numbers), size=(100, len(numbers)))
         means.append(total[draw].sum(1) / count[draw].sum(1))
     low, high = numpy.percentile(numpy.concatenate(means), [2.5, 97.5])

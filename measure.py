@@ -20,6 +20,7 @@ of the table: what was asked, and in which words.
 import itertools
 import random
 import re
+from collections import Counter
 
 import toy
 import wordings
@@ -163,38 +164,35 @@ def garbled(sentence, item):
 FIGURES = ("net", "worse", "moved", "unchanged", "kept", "beyond", "garbled", "repeated")
 
 
-def figures(items, seed=0):
-    """{kind: {figure: {"mean", "interval", "n"}}} of edited items, in points (0 to 100; beyond: sentences), intervals
-    by bootstrap over prompts; a last kind, "all", is of all items."""
+def by_kind(items):
+    """{kind: {figure: [(number, policy, prompt)]}} of edited items; a last kind, "all", is of all items."""
     found = {}
     for item in items:
-        for figure, values in look(item).items():
+        for figure, numbers in look(item).items():
             for kind in (item["kind"], "all"):
-                found.setdefault(kind, {}).setdefault(figure, []).extend((value, item["prompt"]) for value in values)
-    table = {}
-    for kind in [*(kind for kind in KINDS if kind in found), "all"]:
-        table[kind] = {}
-        for figure in FIGURES:
-            if pairs := found.get(kind, {}).get(figure):
-                scale = 0.01 if figure == "beyond" else 1
-                values, prompts = [value * scale for value, _ in pairs], [prompt for _, prompt in pairs]
-                mean, interval = mean_and_interval(values, prompts, seed)
-                table[kind][figure] = {"mean": mean, "interval": interval, "n": len(pairs)}
-    return table
+                values = found.setdefault(kind, {}).setdefault(figure, [])
+                values.extend((0.01 * number if figure == "beyond" else number, item["policy"], item["prompt"])
+                              for number in numbers)
+    return {kind: found.get(kind, {}) for kind in [*(kind for kind in KINDS if kind in found), "all"]}
 
 
-def over_policies(tables):
-    """The means of tables {policy: table of `figures`}, each policy counting alike."""
-    mean = {}
-    kinds = dict.fromkeys(kind for table in tables.values() for kind in table)
-    for kind in sorted(kinds, key=lambda kind: kind == "all"):
-        mean[kind] = {}
-        for figure in FIGURES:
-            cells = [table[kind][figure] for table in tables.values() if figure in table.get(kind, {})]
-            if cells:
-                mean[kind][figure] = {"mean": sum(cell["mean"] for cell in cells) / len(cells),
-                                      "n": sum(cell["n"] for cell in cells)}
-    return mean
+def mean_of(parts, seed):
+    """{"mean", "interval", "n"} of lists of (number, policy, prompt), in points (of shares of 1: 0 to 100): the mean over
+    the lists of their means over policies, however many numbers each has; the interval is by bootstrap over prompts."""
+    weights = []
+    for part in parts:
+        counts = Counter(policy for _, policy, _ in part)
+        weights += [1 / (len(counts) * counts[policy]) for _, policy, _ in part]
+    numbers, _, prompts = zip(*itertools.chain(*parts))
+    mean, interval = mean_and_interval(numbers, prompts, seed, weights)
+    return {"mean": mean, "interval": interval, "n": len(numbers)}
+
+
+def figures(items, seed=0):
+    """{kind: {figure: {"mean", "interval", "n"}}} of edited items, in points (beyond: sentences); each policy counts
+    alike."""
+    return {kind: {figure: mean_of([found[figure]], seed) for figure in FIGURES if found.get(figure)}
+            for kind, found in by_kind(items).items()}
 
 
 SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean)
@@ -208,14 +206,14 @@ SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean
 } | {figure: (figure, ("all",)) for figure in FIGURES[1:]}
 
 
-def summary(table):
-    """{line of SUMMARY: number} of a table of `figures`: means over kinds."""
-    found = {}
+def summary(items, seed=0):
+    """{line of SUMMARY: {"mean", "interval", "n"}} of edited items: each kind counts alike, and each policy in a kind."""
+    found, lines = by_kind(items), {}
     for line, (figure, kinds) in SUMMARY.items():
-        values = [table[kind][figure]["mean"] for kind in kinds if figure in table.get(kind, {})]
-        if values:
-            found[line] = sum(values) / len(values)
-    return found
+        parts = [found[kind][figure] for kind in kinds if found.get(kind, {}).get(figure)]
+        if parts:
+            lines[line] = mean_of(parts, seed)
+    return lines
 
 
 LEGEND = """
@@ -226,24 +224,25 @@ garbled: edits with a sentence that makes no sense; repeated: with one said agai
 pretraining only: in wordings, or by a verb, of which the foundation has read, while no pair asks so"""
 
 
-def as_text(value, figure):
-    return "-" if value is None else f"{value['mean']:{'+.0f' if figure == 'net' else '.1f'}}"
+def told(value, figure="", bounds=True):
+    """A cell of a table as text: its mean, and its interval where it has one."""
+    if value is None:
+        return "-"
+    low_high = ", ".join(f"{bound:.1f}" for bound in value.get("interval") or [])
+    return f"{value['mean']:{'+.0f' if figure == 'net' else '.1f'}}" + (f" [{low_high}]" if bounds and low_high else "")
 
 
 def table_text(table):
     """The table of `figures` for a terminal."""
     lines = [f"{'asked for':<44}" + "".join(f"{figure:>10}" for figure in FIGURES)]
-    lines += [f"{kind:<44}" + "".join(f"{as_text(table[kind].get(figure), figure):>10}" for figure in FIGURES)
+    lines += [f"{kind:<44}" + "".join(f"{told(table[kind].get(figure), figure, False):>10}" for figure in FIGURES)
               for kind in table]
     return "\n".join(lines)
 
 
 def html(table):
     """The table of `figures` for a page, with its intervals where it has them."""
-    def cell(figure, value):
-        interval = (value or {}).get("interval")
-        return as_text(value, figure) + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
-    return html_table(["asked for", *FIGURES], [(kind, *(cell(figure, found.get(figure)) for figure in FIGURES))
+    return html_table(["asked for", *FIGURES], [(kind, *(told(found.get(figure), figure) for figure in FIGURES))
                                                 for kind, found in table.items()])
 
 
@@ -291,10 +290,5 @@ def wins_over_golden(item, seed):
 
 def doubts_table(found):
     """(head, rows) of `doubts` as texts."""
-    def cell(value):
-        if not value or value["mean"] is None:
-            return "-"
-        interval = value["interval"]
-        return f"{value['mean']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
-    return ["", *DOUBT_FIGURES], [[who, *(cell(table.get(name)) for name in DOUBT_FIGURES.values())]
+    return ["", *DOUBT_FIGURES], [[who, *(told(table.get(name)) for name in DOUBT_FIGURES.values())]
                                   for who, table in found.items()]

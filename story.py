@@ -304,15 +304,14 @@ def write_results(out, rows, results, edited, others, note):
     for name, result in results.items():
         result["kept"] = tables[name]["all"]["kept"]
     print_table(results)
-    means, doubts = measure.over_policies(tables), measure.doubts(others)
+    means, lines, doubts = measure.figures(edited), measure.summary(edited), measure.doubts(others)
     print(f"\nWhat was asked for, and what was not: means over {len(tables)} policies\n{measure.table_text(means)}"
           f"\n{measure.LEGEND}\n")
-    print("\n".join(f"{line:<38}{value:8.1f}" for line, value in measure.summary(means).items()))
+    print("\n".join(f"{line:<38}{measure.told(value)}" for line, value in lines.items()))
     head, cells = measure.doubts_table(doubts)
     print(f"\n{textwrap.fill(measure.DOUBTS, 110)}\n{text_table(head, cells)}")
     figures = {name: {k: v for k, v in result.items() if k != "verdicts"} for name, result in results.items()}
-    summary = {**{line: {"mean": value} for line, value in measure.summary(means).items()}, **doubts}
-    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}, "summary": summary}])
+    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}, "summary": {**lines, **doubts}}])
     examples = {name: pick_examples(rows[name], results[name]) for name in rows}
     notes = (f"{note} Five policies of the embedded world, edited by an aligner that has seen none of them. 'A word "
              "never read' occurs in no text that it was trained on; what is 'in pretraining only' is in no pair.")

@@ -215,6 +215,7 @@ def test_a_variant_is_measured_once_by_the_same_code_on_the_same_questions(untra
     first, edits = rows()
     assert edits == 1 and {row["figure"] for row in first} == {"steps"}
     assert set(measure.KINDS) - {"avoid a word never read", "avoid a trained word"} <= {row["kind"] for row in first}
+    assert {row["measure"] for row in first if row["kind"] == "summary"} >= {"net, trained wordings", "worse", "kept"}
     assert rows() == (first, 0)
     words, edits = rows("words")  # the recipe again: the same aligner, the same figures
     assert edits == 0 and words == [{**row, "figure": "words"} for row in first]
@@ -292,37 +293,49 @@ def test_an_interval_over_seeds_is_students():
     assert halves == sorted(halves, reverse=True) and 0.5 * 1.96 < halves[-1] < 0.53 * 2.03
 
 
-def row(seed, mean, variant="recipe", at="", kind="all nine", measured="net", figure="steps"):
+def row(seed, mean, variant=ablate.RECIPE, at="", kind="all nine", measured="net", figure="steps", half=None):
     return {"figure": figure, "variant": variant, "seed": seed, "scale": 1.0, "at": at, "kind": kind,
-            "measure": measured, "mean": mean, "n": 4}
+            "measure": measured, "mean": mean, "interval": None if half is None else [mean - half, mean + half], "n": 4}
 
 
-def test_rows_are_gathered_by_figure_variant_and_seed():
-    rows = [row(0, 10), row(1, 30), row(0, 50, measured="worse"), row(0, -5, "other", "3"), row(0, 7, figure="pairs")]
+def test_rows_are_gathered_by_figure_variant_and_line():
+    rows = [row(0, 10), row(1, 30), row(0, 50, measured="worse"), row(0, 3, measured="garbled"),
+            row(0, -5, "other", "3"), row(0, 7, figure="pairs"),
+            row(0, 8, figure="pairs", kind="summary", measured="net, words")]
     assert ablate.gathered(rows) == {
-        "steps": {("recipe", ""): {0: {"all nine": {"net": {"mean": 10, "n": 4}, "worse": {"mean": 50, "n": 4}}},
-                                   1: {"all nine": {"net": {"mean": 30, "n": 4}}}},
-                  ("other", "3"): {0: {"all nine": {"net": {"mean": -5, "n": 4}}}}},
-        "pairs": {("recipe", ""): {0: {"all nine": {"net": {"mean": 7, "n": 4}}}}}}
+        "steps": {ablate.RECIPE: {"net, all nine": {0: {"mean": 10, "interval": None}, 1: {"mean": 30, "interval": None}},
+                                  "worse, all nine": {0: {"mean": 50, "interval": None}}},
+                  "other 3": {"net, all nine": {0: {"mean": -5, "interval": None}}}},
+        "pairs": {ablate.RECIPE: {"net, words": {0: {"mean": 8, "interval": None}}}}}  # a summary is all that is told
 
 
-def test_lines_are_of_each_kind_where_there_are_few_and_else_of_the_summary():
-    few = {seed: {"trained": {"net": {"mean": 10 + seed}, "garbled": {"mean": 1}}, "unseen": {"kept": {"mean": 80}}}
-           for seed in (0, 1)}
-    assert ablate.lines_of(few) == {"net, trained": [10, 11], "kept, unseen": [80, 80]}
-    table = {kind: {"net": {"mean": place}} for place, kind in enumerate(measure.KINDS)}
-    table["all"] = {"kept": {"mean": 9}}
-    assert ablate.lines_of({0: table}) == {line: [value] for line, value in measure.summary(table).items()}
+def test_doubts_of_seeds_that_ask_other_questions_are_added_as_squares():
+    seeds = {0: {"mean": 10, "interval": [7, 13]}, 1: {"mean": 30, "interval": [26, 34]}}
+    assert ablate.joined(seeds) == (*ablate.over_seeds([10, 30]), pytest.approx(5 / 2))
+    assert ablate.joined({0: seeds[0]}) == (10, None, 3)
+    assert ablate.joined({**seeds, 2: {"mean": 20, "interval": None}})[2] is None
 
 
-def test_the_report_tells_means_and_intervals(tmp_path):
-    rows = [row(0, 10, kind="all"), row(1, 30, kind="all"), row(0, -5, "other", "3", kind="all"),
-            row(0, 2.25, "a <b>", kind="all", measured="worse")]
+def test_a_variant_is_held_against_the_recipe_of_the_same_seed():
+    variant = {"net": {seed: {"mean": mean} for seed, mean in ((0, 15), (1, 38), (7, 99))}, "kept": {7: {"mean": 1}}}
+    recipe = {"net": {seed: {"mean": mean} for seed, mean in ((2, 0), (1, 30), (0, 10))}}
+    assert ablate.beside(variant, recipe) == {"net": (*ablate.over_seeds([5, 8]), None)}
+
+
+def test_the_report_tells_means_intervals_and_differences(tmp_path):
+    rows = [row(0, 10, kind="all", half=3), row(1, 30, kind="all", half=4), row(0, -5, "other", "3", kind="all"),
+            row(0, 2.25, "a <b>", kind="all", measured="worse"), row(1, 20, "less", kind="all"),
+            row(0, 50, "other", kind="all", figure="size")]
     text = ablate.report(tmp_path, rows)
     half = ablate.over_seeds([10, 30])[1]
-    assert text.splitlines() == ["steps", f"  recipe: net, all +20.0 ±{half:.1f}", "  other 3: net, all -5.0",
-                                 "  a <b>: worse, all +2.2"]
+    assert text.splitlines()[:-1] == [
+        "steps", f"  {ablate.RECIPE}: net, all +20.0 ±{half:.1f} (±2.5)", "  other 3: net, all -5.0",
+        "  a <b>: worse, all +2.2", "  less: net, all +20.0", "  other 3, less the recipe: net, all -15.0",
+        "  a <b>, less the recipe: ", "  less, less the recipe: net, all -10.0", "size", "  other: net, all +50.0"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     cells = [re.sub("<.*?>", "|", line) for line in re.findall(r"<tr>(<td.*?)</tr>", page)]
-    assert cells == [f"|recipe||+20.0 ±{half:.1f}||-|", "|other 3||-5.0||-|", "|a &lt;b&gt;||-||+2.2|"]
-    assert ablate.told(None) == "-" and ablate.told((1.25, None)) == "+1.2" and ablate.told((-1, 0.5)) == "-1.0 ±0.5"
+    assert cells[:3] == [f"|{ablate.RECIPE}||+20.0 ±{half:.1f} (±2.5)||-|", "|other 3||-5.0||-|",
+                         "|a &lt;b&gt;||-||+2.2|"]
+    assert "|less, less the recipe||-10.0||-|" in cells and ablate.told(None) == "-"
+    assert [ablate.told(value) for value in ((1.25, None, None), (-1, 0.5, None), (0, 0.5, 2))] == [
+        "+1.2", "-1.0 ±0.5", "+0.0 ±0.5 (±2.0)"]

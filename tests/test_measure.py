@@ -224,29 +224,48 @@ def test_prompts_and_not_edits_are_drawn_for_the_intervals():
     assert measure.figures(items)["all"]["net"] == {"mean": 50, "interval": None, "n": 10}  # all of one prompt
 
 
+def granting(kind, policy, granted, prompts=1):
+    """Items of a policy, each of which asks for a joke; in how many one is put in is a list of 0 and 1."""
+    questions = [f"\n\nHuman: {question}\n\nAssistant:" for question in list(toy.TASK_OF_QUESTION)[:prompts]]
+    return [{**edit(["humour"], STEPS[0], text(STEPS[0], *[JOKE] * joke), kind, questions[i % prompts]),
+             "policy": policy} for i, joke in enumerate(granted)]
+
+
 def test_every_policy_counts_alike():
-    def cell(mean, n):
-        return {"mean": mean, "interval": [0, 1], "n": n}
-    tables = {"a": {"first": {"net": cell(10, 1), "kept": cell(50, 2)}, "all": {}},
-              "b": {"first": {"net": cell(30, 99)}, "second": {"net": cell(-5, 4)}, "all": {}}}
-    assert measure.over_policies(tables) == {
-        "first": {"net": {"mean": 20, "n": 100}, "kept": {"mean": 50, "n": 2}}, "second": {"net": {"mean": -5, "n": 4}},
-        "all": {}}
+    items = granting("all nine", "a", [1]) + granting("all nine", "b", [0, 0, 1, 0]) + granting("other verbs", "b", [1, 0])
+    table = measure.figures(items)
+    assert {kind: (cells["net"]["mean"], cells["net"]["n"]) for kind, cells in table.items()} == {
+        "all nine": (pytest.approx((100 + 25) / 2), 5), "other verbs": (50, 2),
+        "all": (pytest.approx((100 + 100 / 3) / 2), 7)}
+    assert measure.figures(items[:1])["all"] == measure.figures(items[:1])["all nine"]
+
+
+def test_an_interval_of_a_mean_over_policies_is_that_of_a_bootstrap_by_hand():
+    """Two policies, the second with more answers; whole prompts are drawn, whoever answered them."""
+    items = granting("all nine", "a", [1, 0, 1, 1, 0, 1], 6) + granting("all nine", "b", [0, 0, 1, 0, 0, 0] * 3, 6)
+    low, high = measure.figures(items)["all nine"]["net"]["interval"]
+    rng, means = random.Random(0), []
+    ones = {"a": [1, 0, 1, 1, 0, 1], "b": [0, 0, 3, 0, 0, 0]}
+    for _ in range(20_000):
+        drawn = [rng.randrange(6) for _ in range(6)]
+        means.append(50 * sum(ones["a"][i] / 6 + ones["b"][i] / 18 for i in drawn))
+    means.sort()
+    assert low == pytest.approx(means[500], abs=3) and high == pytest.approx(means[-500], abs=3)
 
 
 def test_a_line_of_the_summary_is_a_mean_over_its_kinds():
-    kinds = [*measure.KINDS, "all"]
-    table = {kind: {figure: {"mean": 2 ** place + number, "n": 1} for number, figure in enumerate(measure.FIGURES)}
-             for place, kind in enumerate(kinds)}
-    found = measure.summary(table)
-    asked = [kind for line, (figure, kinds) in measure.SUMMARY.items() if figure == "net" for kind in kinds]
+    asked = [kind for figure, kinds in measure.SUMMARY.values() if figure == "net" for kind in kinds]
     assert sorted(asked) == sorted(measure.KINDS)  # each kind is in one line
+    items = [item for place, kind in enumerate(measure.KINDS) for policy in ("a", "b")
+             for item in granting(kind, policy, [1] * place + [0] * (4 if policy == "a" else 1))]
+    table, found = measure.figures(items), measure.summary(items)
+    assert list(found) == [line for line, (figure, _) in measure.SUMMARY.items() if figure in table["all"]]
     for line, (figure, members) in measure.SUMMARY.items():
-        assert found[line] == statistics.mean(table[kind][figure]["mean"] for kind in members), line
-    two = {"mention a word never read": {"net": {"mean": 10}}, "avoid a word never read": {"net": {"mean": 40}}}
-    assert measure.summary(two) == {"net, words never read": 25}
-    assert measure.summary(dict(list(two.items())[:1])) == {"net, words never read": 10}
-    assert measure.summary({"all": {"beyond": {"mean": 1.5}}}) == {"beyond": 1.5}
+        if line in found:
+            assert found[line]["mean"] == pytest.approx(statistics.mean(table[kind][figure]["mean"] for kind in members))
+    one = [item for item in items if item["kind"] == "avoid a word never read"]
+    assert measure.summary(one)["net, words never read"] == measure.figures(one)["all"]["net"]
+    assert "net, combinations never read" not in measure.summary(one)
 
 
 def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
@@ -260,7 +279,7 @@ def test_tables_as_text_and_as_html_show_every_kind_and_what_is_not_known():
     cells = re.findall(r"<td[^>]*>(.*?)</td>", measure.html(table))
     assert cells[:5] == ["all nine", "+100", "0.0", "0.0", "-"]
     assert "[" in measure.html({"all": {"net": {"mean": 5, "interval": [1, 9]}}})
-    assert "[" not in measure.html(measure.over_policies({"a": table}))
+    assert "[" not in measure.html({"all": {"net": {"mean": 5, "interval": None}}})
 
 
 # ----------------------------------------------------------------------------------------------------------------
