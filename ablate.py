@@ -12,6 +12,7 @@
     pairs     which edits become pairs, and what their prompts name (data.Pairing), beginning with the paper's
     unseen    six wishes never trained, added one by one to three trained ones (the paper's figure 3)
     rounds    editing the edit again, once and twice; and asking for 1, 3, 6 and 9 objectives at once
+    several   of 2 and of 8 edits of each answer the one that was asked for most (choose.py)
 
 Each variant is one aligner that is trained as the story trains its own, but for what its name says, and measured as
 there (measure.py) on answers of the five policies' manners. Rows go to OUT/rows.jsonl, charts to OUT/report.html.
@@ -30,10 +31,11 @@ import measure
 import story
 import toy
 import wordings
-from align import Writer
+from choose import Choice
 from model import device_named
 from report import bar_chart, html_table, over_seeds, write_page
 from resume import kept, whole_run
+from writers import Writer
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ FIGURES = {  # figure -> {variant: what is trained}
               "recipe, no damage": Variant(rating={"damage": ()})},
     "unseen": {RECIPE: Variant()},
     "rounds": {RECIPE: Variant()},
+    "several": {RECIPE: Variant()},
 }
 QUESTIONS = 40  # to each policy, for each variant and seed
 UNSEEN = ("avoid", "mention", "begin", "end", "twice", "butnot")  # of words never read; the last two of any word
@@ -113,12 +116,12 @@ def answered(seed, count):
     return found
 
 
-def all_kinds(aligner, seed, count):
-    """{"": the table of every kind of request, and under "summary" the lines that are told of it}."""
+def all_kinds(aligner, seed, count, name="", **sampling):
+    """{name: the table of every kind of request, and under "summary" the lines that are told of it}."""
     items = [item for policy, (prompts, answers) in answered(seed, count).items()
              for item in measure.requests(policy, prompts, answers, seed)]
-    edited = story.edit(aligner, items, seed)
-    return {"": {**measure.figures(edited), "summary": measure.summary(edited)}}
+    edited = story.edit(aligner, items, seed, **sampling)
+    return {name: {**measure.figures(edited), "summary": measure.summary(edited)}}
 
 
 def one_by_one(aligner, seed, count):
@@ -174,7 +177,15 @@ def rounds_and_numbers(aligner, seed, count):
     return found
 
 
-MEASURED = {"unseen": one_by_one, "rounds": rounds_and_numbers}  # others: all_kinds
+def best_of_several(aligner, seed, count):
+    """{"": the table of the likeliest edits, "best of 2": ..., "best of 8": ...}, of every kind of request each."""
+    found = all_kinds(aligner, seed, count)
+    for several in (2, 8):
+        found |= all_kinds(aligner, seed, count, f"best of {several}", choice=Choice(several))
+    return found
+
+
+MEASURED = {"unseen": one_by_one, "rounds": rounds_and_numbers, "several": best_of_several}  # others: all_kinds
 
 
 # ----------------------------------------------------------------------------------------------------------------

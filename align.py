@@ -7,35 +7,28 @@
 y' = aligner(prompt(q, y, objectives)) (MetaAligner, section 3.3): the policy that wrote y is never looked into, and
 the objectives need not be ones that the aligner was trained on. A killed run goes on when it is started again.
 
-Many answers: --model may be a server's URL, with --model-name NAME, which is asked --batch questions at a time; or each
-of N processes takes the rows I, I + N, ... of the input, with an output of its own:
-
-    python align.py --model ALIGNER --data answers.csv --shard I/N --out part-I.jsonl
-    cat part-*.jsonl                                      # all rows; in the input's order, where none was left out:
-    paste -d "\\n" part-0.jsonl part-1.jsonl ... | grep .
+--best-of 8 takes of eight edits of each answer the one that was asked for most (choose.py). Many answers: --model may
+be a server's URL, with --model-name NAME, which is asked --batch questions at a time; or each of N processes takes the
+rows I, I + N, ... of the input, by --shard I/N, with an output of its own; `cat` joins these.
 """
 import functools
 import sys
 from collections import Counter
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from common import (UserError, add_options, check_out, cli, digest, lasting, make_parser, number, option, read_options,
                     refuse_given, seed_from)
 
-import torch
 from tqdm import tqdm
 
-import chat
-import checkpoint
+import choose
 import data
 from answers import DEFAULT, Items, asked_for, check, finished, shard, windows, write_rows
-from endpoint import Endpoint, TooLong, in_parallel
-from generate import Acceptance, prepack, stream
-from model import computes_bf16, device_named
 from objectives import row_objectives
 from report import ansi_diff
 from resume import Journal
+from writers import Served, Writer, answers_of, fingerprint, is_url, opened
 
 
 @dataclass
@@ -57,132 +50,26 @@ class Sampling:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Who writes: a Llama in a folder, or a server
-
-DRAFT = 15  # tokens looked up per step, at most: edits are mostly copied (see generate.Lookup)
-
-
-class Writer:
-    """A Llama with its tokenizer: texts in, texts out. chat_template: "auto", as the model was trained, or "plain"."""
-
-    def __init__(self, folder, device=None, chat_template="auto"):
-        device = device_named(device)
-        dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
-        self.llama = prepack(checkpoint.load(folder, dtype, device).eval())
-        tokenizer = checkpoint.load_tokenizer(folder, self.llama)
-        self.tokenizer = chat.with_template(tokenizer, folder, self.llama.config, chat_template)
-        self.acceptance = Acceptance()
-
-    def room(self, new_tokens):
-        """Of so many new tokens, those that leave the prompt half of the context."""
-        return min(new_tokens, self.llama.config.max_position_embeddings // 2)
-
-    def encode(self, prompt, new_tokens, context=None):
-        """Prompt ids that leave room for new_tokens in the model's context, or None if they cannot."""
-        config = self.llama.config
-        room = config.max_position_embeddings - new_tokens
-        prompt = prompt.encode("utf-8", "replace").decode()  # half a surrogate pair, which no tokenizer takes, is a "?"
-        return data.encode_prompt(self.tokenizer, prompt, config.bos_token_id, room, context)
-
-    def write(self, prompts, new_tokens, rows, seeds=0, **sampling):
-        """Yield (place, text) of prompts (lists of token ids) as they are done, `rows` at a time, the longest first."""
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        seeds = [seeds[i] for i in order] if seeds else 0
-        for place, new in stream(self.llama, [prompts[i] for i in order], new_tokens, rows, seed=seeds, draft=DRAFT,
-                                 stop_ids=self.llama.config.stop_ids, acceptance=self.acceptance, **sampling):
-            yield order[place], self.tokenizer.decode(new).strip()
-
-
-class Served:
-    """As a Writer, a model behind a server, which makes the ids and decodes them. chat_template: "plain", a prompt as
-    it is; "auto", as the one message of a chat."""
-
-    def __init__(self, url, model, chat_template="plain"):
-        self.endpoint = Endpoint(url, model, timeout=600, plain=chat_template == "plain")
-        self.acceptance = Acceptance()  # nothing is known of it
-
-    def room(self, new_tokens):
-        return new_tokens
-
-    def encode(self, prompt, new_tokens, context=None):
-        return prompt.encode("utf-8", "replace").decode()
-
-    def write(self, prompts, new_tokens, rows, seeds=0, temperature=0.0, top_p=1.0, **_):
-        """Yield (place, text) of prompts, in their order; the text is None where the server says "too long"."""
-        def ask(place):
-            sampling = {"top_p": top_p, "seed": seeds[place] % 2**31} if temperature else {}
-            try:
-                return place, self.endpoint.go_on(prompts[place], new_tokens, temperature, **sampling).strip()
-            except TooLong:
-                return place, None
-        yield from in_parallel(ask, range(len(prompts)), rows)
-
-
-def is_url(policy):
-    return policy.startswith(("http://", "https://"))
-
-
-def fingerprint(policy, chat_template):
-    """All that is known of how a Llama in a folder, or a server, answers."""
-    return policy if is_url(policy) else [checkpoint.fingerprint(policy), chat.fingerprint(policy, chat_template)]
-
-
-@contextmanager
-def opened(policy, policy_model="default", cache=None, device=None, chat_template="auto"):
-    """Within it, who answers prompts: the Writer of a Llama in a folder, or the Endpoint of a server at a URL. cache: a
-    file of the server's replies."""
-    if is_url(policy):
-        with closing(Endpoint(policy, policy_model, cache=cache, timeout=600)) as endpoint:
-            yield endpoint
-    else:
-        yield Writer(policy, device, chat_template)
-
-
-def answers_of(policy, items, max_new_tokens=1024, temperature=0.0, batch=32, seed=0):
-    """Yield (place, answer) of items {"index", "prompt"}, as they are done, by an opened policy. The answer is None to
-    a prompt that does not fit the policy's context, "" where the policy said nothing."""
-    if isinstance(policy, Writer):
-        yield from written_answers(policy, items, max_new_tokens, temperature, batch, seed)
-        return
-
-    def ask(item):
-        try:
-            return policy.complete(item["prompt"], max_new_tokens, temperature, seed=seed) or ""
-        except TooLong:
-            return None
-    yield from enumerate(in_parallel(ask, items, 8))
-
-
-def written_answers(writer, items, max_new_tokens, temperature, batch, seed):
-    """As answers_of, by a Writer."""
-    new_tokens = writer.room(max_new_tokens)
-    prompts = [writer.encode(item["prompt"], new_tokens, [0, len(item["prompt"])]) for item in items]
-    fitting = [i for i, prompt in enumerate(prompts) if prompt]
-    yield from ((i, None) for i, prompt in enumerate(prompts) if not prompt)
-    seeds = [seed_from(seed, items[i]["index"], 0) for i in fitting]
-    for place, text in writer.write([prompts[i] for i in fitting], new_tokens, batch, seeds, temperature=temperature):
-        yield fitting[place], text.split("\n\nHuman:")[0].strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Editing
 
 
 def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_tokens=1024, batch=32, seed=0,
-          **sampling):
+          choice=choose.Choice(), **sampling):
     """Yield each item with its edit under "aligned", as they are done.
 
     items: dicts with "index", "prompt", "original", and "objectives" (a list of Objective) where an item has its own.
     One whose prompt does not fit the model even without its oldest turns keeps its answer and says "left_as_is".
     sampling: temperature, top_k, ... (see generate.stream)."""
     new_tokens = aligner.room(max_new_tokens)
+
+    def asking(item, objectives):
+        text, context = data.aligner_prompt(item["prompt"], answer_of(item), objectives, template=template)
+        return aligner.encode(text, new_tokens, context)
     for round_number in range(rounds):
         last = round_number + 1 == rounds
         prompts, fitting, edited = [], [], []
         for item in items:
-            text, context = data.aligner_prompt(item["prompt"], item.get("aligned", item["original"]),
-                                                item.get("objectives", objectives), template=template)
-            prompt = aligner.encode(text, new_tokens, context)
+            prompt = asking(item, item.get("objectives", objectives))
             if prompt is None:
                 edited.append(edited_item(item, None))
             else:
@@ -191,11 +78,20 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
         if last:
             yield from edited
         seeds = [seed_from(seed, item["index"], round_number + 1) for item in fitting]
-        for i, text in aligner.write(prompts, new_tokens, batch, seeds, **sampling):
+        write = aligner.write
+        if choice.best_of > 1:
+            write = functools.partial(choose.write, aligner, choice, list(map(answer_of, fitting)),
+                                      [asking(item, []) for item in fitting])
+        for i, text in write(prompts, new_tokens, batch, seeds, **sampling):
             edited.append(edited_item(fitting[i], text))
             if last:
                 yield edited[-1]
         items = sorted(edited, key=lambda item: item["index"])
+
+
+def answer_of(item):
+    """The answer that is to be edited: that of the last round."""
+    return item.get("aligned", item["original"])
 
 
 def edited_item(item, text):
@@ -203,7 +99,7 @@ def edited_item(item, text):
     if text is not None:
         return {**item, "aligned": text}
     untouched = item.get("left_as_is", "aligned" not in item)  # if this is not the first round, it may have been edited
-    return {**item, "aligned": item.get("aligned", item["original"]), "left_as_is": untouched}
+    return {**item, "aligned": answer_of(item), "left_as_is": untouched}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -230,8 +126,8 @@ def arguments(argv=None):
         "behind a server is asked by its completions; auto: by its chat completions, for one with such a template")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N answers, or prompts")
     add("--shard", type=shard, metavar="I/N", help="of these, only the rows I, I + N, I + 2N, ..., I from 0 to N - 1")
-    add_options(parser, Options)
-    add_options(parser, Sampling)
+    for group in (Options, Sampling, choose.Choice):
+        add_options(parser, group)
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     add("--interactive", action="store_true", help="type a question, an answer and objectives; see the edit")
     args = parser.parse_args(argv)
@@ -242,7 +138,7 @@ def arguments(argv=None):
     if is_url(args.model):
         if not args.model_name:
             parser.error("--model URL needs --model-name")
-        refuse_given(parser, args, ["top_k", "min_p"], "is nothing that OpenAI-compatible servers know")
+        refuse_given(parser, args, ["top_k", "min_p", "best_of"], "is nothing that OpenAI-compatible servers know")
         if not args.policy or is_url(args.policy):
             refuse_given(parser, args, ["device"], "is for a folder; the server has a device of its own")
     else:
@@ -251,6 +147,8 @@ def arguments(argv=None):
         refuse_given(parser, args, ["shard"], "is for --data")
     elif args.shard and args.out.endswith(".csv"):
         parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
+    if (args.best_of or 1) == 1:
+        refuse_given(parser, args, ["guidance", "edit_cost"], "needs --best-of 2 or more")
     if not args.temperature:
         refuse_given(parser, args, vars(Sampling()).keys() - {"temperature"}, "needs a --temperature above 0")
     return args
@@ -281,14 +179,14 @@ def interactive(aligner, wanted, template, **options):
 
 def main():
     args = arguments()
-    options, sampling = read_options(Options, args), read_options(Sampling, args)
+    options, sampling, choice = (read_options(group, args) for group in (Options, Sampling, choose.Choice))
     template = data.read_template(args.template) if args.template else data.TEMPLATE
     wanted = args.objectives or DEFAULT
     objectives = asked_for(wanted)
     if args.interactive:
-        interactive(aligner_of(args), wanted, template, **vars(options), **vars(sampling))
+        interactive(aligner_of(args), wanted, template, choice=choice, **vars(options), **vars(sampling))
     else:
-        edit_files(args, options, sampling, template, objectives if args.objectives else None)
+        edit_files(args, options, sampling, choice, template, objectives if args.objectives else None)
 
 
 def aligner_of(args):
@@ -297,7 +195,7 @@ def aligner_of(args):
     return Writer(args.model, args.device, args.asked_by)
 
 
-def edit_files(args, options, sampling, template, objectives):
+def edit_files(args, options, sampling, choice, template, objectives):
     """Edit the answers of --data into --out, after the policy has given those that are missing."""
     files = [text for text in args.objectives or () if text.endswith(".json")]
     check_out(args.out, [*args.data, *files, args.queries, args.template])
@@ -306,8 +204,8 @@ def edit_files(args, options, sampling, template, objectives):
     content, aligner = items.digest, aligner_of(args)
     answered_by = fingerprint(args.policy, args.chat_template) if items.unanswered else args.policy
     journal = Journal(args.out, digest(fingerprint(args.model, args.asked_by), args.model_name, args.asked_by,
-                                       answered_by, args.policy_model, lasting(options), vars(sampling), content,
-                                       template))
+                                       answered_by, args.policy_model, lasting(options), vars(sampling), vars(choice),
+                                       content, template))
     with ExitStack() as stack:
         policy = functools.cache(lambda: stack.enter_context(  # called only where an answer is missing still
             opened(args.policy, args.policy_model, f"{args.out}.policy-cache.jsonl", args.device, args.chat_template)))
@@ -330,7 +228,7 @@ def edit_files(args, options, sampling, template, objectives):
             faults.update(left_out.values())
             todo = [{**item, "objectives": row_objectives(item)} for item in window
                     if "aligned" not in item and item["index"] not in left_out]
-            for row in align(aligner, todo, None, template, **vars(options), **vars(sampling)):
+            for row in align(aligner, todo, None, template, choice=choice, **vars(options), **vars(sampling)):
                 journal.add({key: row[key] for key in ("index", "aligned", "left_as_is") if key in row})
                 bar.update()
     told = Counter()

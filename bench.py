@@ -46,7 +46,7 @@ import formats
 import peers
 import timed
 import toy
-from align import DRAFT, Writer
+from writers import DRAFT, Writer
 from measure import requests
 from model import Config, Llama, computes_bf16, device_named
 from peers import MAX_TOKENS, NEW_TOKENS, WARM

@@ -38,7 +38,6 @@ import common
 import torch
 from tqdm import tqdm
 
-import align
 import checkpoint
 import data
 import endpoint
@@ -47,6 +46,7 @@ import reward
 import train
 from trials import (World, command, complaint, difference, disks, ended_at, files_in, forked, kills, limit_memory,
                     make_world, stale, undisturbed, words_of)
+from writers import Writer
 
 KEY = "sk-campaign-0123456789"  # the secret that no line and no file may show
 
@@ -294,7 +294,7 @@ def use(kind, folder, words):
     elif kind == "principle":
         reward.Scorers([folder], "cpu").score(["a"], ["b"])
     else:
-        writer = align.Writer(folder, "cpu")
+        writer = Writer(folder, "cpu")
         list(writer.write([writer.encode("How do I boil an egg?", 4)], 4, 1))
 
 

@@ -28,14 +28,14 @@ import checkpoint
 import data
 import formats
 import methods
-import train
-from align import Writer, fingerprint, written_answers
+from choose import document_logprobs
 from feedback import Answering, write_answers
 from files import shorten
 from folders import complete
 from generate import Acceptance, prepack
-from model import Causal, Config, computes_bf16, device_named, token_logprobs
+from model import Causal, Config, computes_bf16, device_named
 from resume import circumstances, now, write_run
+from writers import Writer, fingerprint, written_answers
 
 # ----------------------------------------------------------------------------------------------------------------
 # Models that fit each other
@@ -167,7 +167,7 @@ class Product(nn.Module):
 
 
 class ProductWriter(Writer):
-    """An align.Writer, of the Product of the models in folders."""
+    """A Writer, of the Product of the models in folders."""
 
     def __init__(self, folders, weights, device=None, chat_template="auto"):
         device = device_named(device)
@@ -225,13 +225,9 @@ def response_logprobs(llama, tokenizer, rows, context, micro_tokens=16384):
             documents = data.encode_documents(tokenizer, rows[start:start + 1000], llama.config.bos_token_id, stop,
                                               context)
             places = [place for place, document in enumerate(documents) if document]
-            places.sort(key=lambda place: len(documents[place].ids))  # the order in which they are packed
-            waiting = iter(places)
-            for batch in train.pack([data.Example([documents[place]]) for place in places], micro_tokens, llama.device):
-                logprobs = token_logprobs(llama, batch.tokens, batch.lengths, batch.targets).double()    # (K,)
-                sums = logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.document, logprobs)     # (documents,)
-                for total in sums.tolist():
-                    found[start + next(waiting)] = total
+            totals = document_logprobs(llama, [documents[place] for place in places], micro_tokens)
+            for place, total in zip(places, totals):
+                found[start + place] = total
             bar.update(len(documents))
     return found
 

@@ -30,11 +30,11 @@ from tqdm import tqdm
 import chat
 import formats
 import toy
-from align import answers_of, fingerprint, is_url, opened
 from endpoint import Endpoint, TooLong, in_parallel, is_empty
 from eval import JUDGE_PROMPT, POINTS, endpoint_judge
 from objectives import OBJECTIVES, PRINCIPLES, find_objectives
 from resume import Journal
+from writers import answers_of, fingerprint, is_url, opened
 
 # ----------------------------------------------------------------------------------------------------------------
 # A policy's answers
@@ -65,7 +65,7 @@ def run_answer(files, policy, policy_model, out, limit, device, sampling):
 
 def write_answers(files, out, limit, sampling, policy, answered_by, answers):
     """run_answer of any policy, whose name is policy, and all that decides what it says answered_by. answers(items
-    {"index", "prompt"}, seed): yields (place, answer), as align.answers_of does."""
+    {"index", "prompt"}, seed): yields (place, answer), as writers.answers_of does."""
     check_out(out, files)
     rows = formats.read_all(files, formats.read_rated, "chosen", None)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:limit]

@@ -177,8 +177,9 @@ def by_kind(items):
 
 
 def mean_of(parts, seed):
-    """{"mean", "interval", "n"} of lists of (number, policy, prompt), in points (of shares of 1: 0 to 100): the mean over
-    the lists of their means over policies, however many numbers each has; the interval is by bootstrap over prompts."""
+    """{"mean", "interval", "n"} of lists of (number, policy, prompt), in points (of shares of 1: 0 to 100): the mean
+    over the lists of their means over policies, however many numbers each has; its interval by bootstrap over prompts.
+    """
     weights = []
     for part in parts:
         counts = Counter(policy for _, policy, _ in part)
@@ -207,7 +208,8 @@ SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean
 
 
 def summary(items, seed=0):
-    """{line of SUMMARY: {"mean", "interval", "n"}} of edited items: each kind counts alike, and each policy in a kind."""
+    """{line of SUMMARY: {"mean", "interval", "n"}} of edited items: each kind counts alike, and in a kind each policy.
+    """
     found, lines = by_kind(items), {}
     for line, (figure, kinds) in SUMMARY.items():
         parts = [found[kind][figure] for kind in kinds if found.get(kind, {}).get(figure)]

@@ -24,7 +24,7 @@ import ppo
 import reward
 import toy
 import train
-from align import Writer
+from writers import Writer
 from eval import mean_and_interval
 from feedback import PRINCIPLES, embedded_labels
 from model import Config, Llama, device_named

@@ -10,15 +10,17 @@ import difflib
 import sys
 from pathlib import Path
 
-from common import UserError, cli, make_parser, note
+from common import UserError, cli, make_parser, note, number
 
 import measure
 import story
 import toy
 import wordings
-from align import Writer, align
+from align import align
+from choose import Choice
 from objectives import Objective
 from report import ansi_diff, visible, word_diff
+from writers import Writer
 
 ALIKE = 0.75, 0.8  # a wish this much like a known wording, without or with a word of its own, is judged as that one
 
@@ -89,26 +91,26 @@ def show(prompt, before, after, wishes):
     print(f"  kept       {measure.in_common(old, new)} of {len(old)} sentences, {len(new)} in all")
 
 
-def play(run, policy, seed, device):
+def play(run, policy, seed, best_of, device):
     aligner, turn = Writer(Path(run) / "aligner", device), 0
-    for number, task in enumerate(toy.TASKS, 1):
-        print(f"{number:>3} {task:<32}", end="\n" if number % 3 == 0 else "")
+    for place, task in enumerate(toy.TASKS, 1):
+        print(f"{place:>3} {task:<32}", end="\n" if place % 3 == 0 else "")
     print()
     while (text := ask("how do I ... (a number or words; empty ends)")):
-        number = task_meant(text)
-        if number is None:
+        place = task_meant(text)
+        if place is None:
             note(f"no question is near {text!r}; take a number from 1 to {len(toy.TASKS)}, or words of the list")
             continue
-        prompt = f"\n\nHuman: {toy.QUESTIONS[0].replace('TASK', toy.TASKS[number])}\n\nAssistant:"
+        prompt = f"\n\nHuman: {toy.QUESTIONS[0].replace('TASK', toy.TASKS[place])}\n\nAssistant:"
         answer = story.ask_policy(policy, [prompt], Path(run), seed + turn, device)[0]
-        print(f"\n{toy.QUESTIONS[0].replace('TASK', toy.TASKS[number])}\n{policy}: {visible(answer)}\n")
+        print(f"\n{toy.QUESTIONS[0].replace('TASK', toy.TASKS[place])}\n{policy}: {visible(answer)}\n")
         while said := ask("your wishes, with ; between them (empty: another question)"):
             wishes = [understood(wish.strip()) for wish in said.split(";") if wish.strip()]
             if not wishes:
                 continue
             item = {"index": turn, "prompt": prompt, "original": answer, "objectives": [wish[0] for wish in wishes]}
-            edited = next(align(aligner, [item], None, max_new_tokens=256, seed=seed))["aligned"]
-            show(prompt, answer, edited, wishes)
+            edited = next(align(aligner, [item], None, max_new_tokens=256, seed=seed, choice=Choice(best_of)))
+            show(prompt, answer, edited["aligned"], wishes)
         turn += 1
 
 
@@ -118,12 +120,14 @@ def main():
     add("--run", default="runs/story", metavar="FOLDER", help="what `make train` has made (default runs/story)")
     add("--policy", default="verbose", choices=list(toy.POLICIES), help="who answers (default verbose)")
     add("--seed", type=int, default=0, help="of the answers (default 0)")
+    add("--best-of", type=number(int, 1), default=8, metavar="N", help="of so many edits, the one asked for most is "
+        "shown (default 8; 1: the likeliest)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
     if not (Path(args.run) / "aligner").is_dir():
         raise UserError(f"{args.run}: holds no aligner; run `make train` first, or give --run FOLDER (QUICK=1 "
                         "makes runs/quick)")
-    play(args.run, args.policy, args.seed, args.device)
+    play(args.run, args.policy, args.seed, args.best_of, args.device)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import story
 import toy
 import train
 import wordings
-from align import Writer
+from writers import Writer
 from objectives import Objective
 
 OBJECTIVES = ("helpful", "harmless", "honest", "humour", "polite")  # what the comparison asks for, with equal weights

@@ -25,13 +25,15 @@ import measure
 import toy
 import train
 import wordings
-from align import Writer, align
+from align import align
+from choose import Choice
 from endpoint import Endpoint
 from eval import evaluate, exact_judge, exact_room
 from model import Config, Llama, device_named
 from report import ansi_diff, bar_chart, html_table, pick_examples, print_table, text_table, write_report, write_svg
 from resume import whole_run
 from runs import curves_section
+from writers import Writer
 
 COMMON = dict(weight_decay=0.01, epochs=1.0, max_tokens=512, val_share=0.01, val_every=100, save_seconds=60.0)
 
@@ -67,6 +69,7 @@ class Options:
     questions: int = option(7000, "questions whose answers are rated for the aligner's pairs", 1, 10**8)
     replay: float = option(0.15, "share of pretraining texts in the aligner's batches", 0, 0.9)
     prompts: int = option(64, "questions to each policy in the end", 1, 10**6)
+    best_of: int = option(1, "edits of each of their answers, of which the one asked for most is taken", 1, 1000)
     optimizer: str = option("muon", "how foundation and aligner move (the policies: adamw)", choices=["adamw", "muon"])
     compile: bool = option(False, "train foundation and aligner compiled: faster, where there is a C++ compiler")
 
@@ -278,7 +281,8 @@ def story(out, seed, device, options=RECIPE):
     rows, results, edited = {}, {}, []
     for name in toy.POLICIES:
         answers = ask_policy(name, prompts, out, seed, device)
-        edits = edit(aligner, list(measure.requests(name, prompts, answers, seed)), seed)
+        asked = list(measure.requests(name, prompts, answers, seed))
+        edits = edit(aligner, asked, seed, choice=Choice(options.best_of))
         rows[name], results[name] = judge(edits, seed)
         write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
         edited += edits
@@ -311,7 +315,8 @@ def write_results(out, rows, results, edited, others, note):
     head, cells = measure.doubts_table(doubts)
     print(f"\n{textwrap.fill(measure.DOUBTS, 110)}\n{text_table(head, cells)}")
     figures = {name: {k: v for k, v in result.items() if k != "verdicts"} for name, result in results.items()}
-    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}, "summary": {**lines, **doubts}}])
+    summary = {**lines, **doubts}
+    write_jsonl(out / "results.json", [{**figures, "editor": {**tables, "mean": means}, "summary": summary}])
     examples = {name: pick_examples(rows[name], results[name]) for name in rows}
     notes = (f"{note} Five policies of the embedded world, edited by an aligner that has seen none of them. 'A word "
              "never read' occurs in no text that it was trained on; what is 'in pretraining only' is in no pair.")

@@ -303,7 +303,8 @@ def test_rows_are_gathered_by_figure_variant_and_line():
             row(0, -5, "other", "3"), row(0, 7, figure="pairs"),
             row(0, 8, figure="pairs", kind="summary", measured="net, words")]
     assert ablate.gathered(rows) == {
-        "steps": {ablate.RECIPE: {"net, all nine": {0: {"mean": 10, "interval": None}, 1: {"mean": 30, "interval": None}},
+        "steps": {ablate.RECIPE: {"net, all nine": {0: {"mean": 10, "interval": None},
+                                                    1: {"mean": 30, "interval": None}},
                                   "worse, all nine": {0: {"mean": 50, "interval": None}}},
                   "other 3": {"net, all nine": {0: {"mean": -5, "interval": None}}}},
         "pairs": {ablate.RECIPE: {"net, words": {0: {"mean": 8, "interval": None}}}}}  # a summary is all that is told

@@ -15,6 +15,7 @@ import align
 import checkpoint
 import data
 import toy
+import writers
 from common import write_jsonl
 from conftest import refused, run, write
 from model import Config, Llama, logits
@@ -83,7 +84,7 @@ TOLD = [HARMLESS, "The response should be short."]
 def in_fp32():
     """What noise says next hangs on the last bits; the plain reference is in fp32, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "computes_bf16", lambda device: False)
+        patch.setattr(writers, "computes_bf16", lambda device: False)
         yield
 
 
@@ -306,8 +307,8 @@ def test_a_long_dialogue_loses_its_oldest_turns(world, tmp_path, monkeypatch):
     turns = "".join(f"\n\nHuman: Tell me more about {n}\n\nAssistant: It is a number." for n in range(100))
     write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{turns}\n\nHuman: And now?\n\nAssistant:",
                                          "responses": [{"text": "Now you know."}]}])
-    lengths, stream = [], align.stream
-    monkeypatch.setattr(align, "stream", lambda llama, prompts, *rest, **more:
+    lengths, stream = [], writers.stream
+    monkeypatch.setattr(writers, "stream", lambda llama, prompts, *rest, **more:
                         lengths.extend(prompts) or stream(llama, prompts, *rest, **more))
     words = command(world, tmp_path / "out.jsonl")
     words[words.index("--data") + 1] = str(tmp_path / "in.jsonl")

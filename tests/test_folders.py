@@ -29,6 +29,7 @@ import resume
 import reward
 import toy
 import train
+import writers
 from common import UserError, write_jsonl
 from conftest import refused, response, run, write
 from generate import generate
@@ -537,7 +538,7 @@ def test_a_served_aligner_edits_as_its_folder_does(world, served, tmp_path, monk
     other special token."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(align, "computes_bf16", lambda device: False)  # fp32, as the server computes
+    monkeypatch.setattr(writers, "computes_bf16", lambda device: False)  # fp32, as the server computes
     words = ["--data", world / "rated.jsonl", "--objectives", "harmless", "--max-new-tokens", 16, "--limit", 6]
     here = [*words, "--model", world / "aligner", "--out", tmp_path / "here.jsonl", "--device", "cpu"]
     assert run(align, monkeypatch, here) == 0

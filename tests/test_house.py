@@ -10,7 +10,8 @@ FILES = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py
 BOOK = ["model", "generate", "data", "losses", "train", "align", "eval"]
 FLOORS = ["common losses peers", "endpoint files lora model resume",
           "checkpoint compiled formats generate objectives parallel", "answers chat optimizers wordings", "data",
-          "folders methods report scorers toy", "blackbox runs train", "align eval", "feedback measure reward",
+          "folders methods report scorers toy writers", "blackbox runs train", "choose eval", "align",
+          "feedback measure reward",
           "combine ppo story", "ablate play rivals timed", "bench compare morlaif trials", "campaign"]
 
 

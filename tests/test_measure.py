@@ -232,7 +232,8 @@ def granting(kind, policy, granted, prompts=1):
 
 
 def test_every_policy_counts_alike():
-    items = granting("all nine", "a", [1]) + granting("all nine", "b", [0, 0, 1, 0]) + granting("other verbs", "b", [1, 0])
+    items = [*granting("all nine", "a", [1]), *granting("all nine", "b", [0, 0, 1, 0]),
+             *granting("other verbs", "b", [1, 0])]
     table = measure.figures(items)
     assert {kind: (cells["net"]["mean"], cells["net"]["n"]) for kind, cells in table.items()} == {
         "all nine": (pytest.approx((100 + 25) / 2), 5), "other verbs": (50, 2),
@@ -262,7 +263,8 @@ def test_a_line_of_the_summary_is_a_mean_over_its_kinds():
     assert list(found) == [line for line, (figure, _) in measure.SUMMARY.items() if figure in table["all"]]
     for line, (figure, members) in measure.SUMMARY.items():
         if line in found:
-            assert found[line]["mean"] == pytest.approx(statistics.mean(table[kind][figure]["mean"] for kind in members))
+            means = [table[kind][figure]["mean"] for kind in members]
+            assert found[line]["mean"] == pytest.approx(statistics.mean(means))
     one = [item for item in items if item["kind"] == "avoid a word never read"]
     assert measure.summary(one)["net, words never read"] == measure.figures(one)["all"]["net"]
     assert "net, combinations never read" not in measure.summary(one)

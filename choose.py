@@ -1,0 +1,96 @@
+"""Of several edits of an answer, the one that was asked for.
+
+The likeliest edit is not always the one that was asked for: an aligner in doubt leaves the answer as it is, or mends
+what it mends most often. So it writes several edits y of an answer x, the likeliest one and others that are drawn, and
+x is among them; that one is taken which is worth most:
+
+    log p(y | x, o) + guidance * (log p(y | x, o) - log p(y | x, -)) - edit_cost * changed(x, y)
+
+Here o is what is asked for, and -, the same prompt that names no objective: what is as likely where nothing is asked
+was not asked for (maximum mutual information, "MMI-antiLM": Li et al., arXiv 1510.03055, eq. 9; there of replies).
+changed: sentences that are taken out or put in. Logarithms are natural, of whole texts with their end.
+"""
+import re
+from array import array
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from common import option, seed_from
+
+import torch
+
+import data
+import train
+from model import token_logprobs
+
+TEMPERATURE = 0.7  # of the edits that are drawn, where none is given
+
+
+@dataclass
+class Choice:
+    """How one of several edits is chosen (choose.py)."""
+    best_of: int = option(1, "write so many edits of each answer, and take the one that was asked for", 1, 1000)
+    guidance: float = option(0.5, "with --best-of: how much it counts that an edit is likelier for what is asked than "
+                             "where nothing is", 0, 1000)
+    edit_cost: float = option(1.0, "with --best-of: what a sentence taken out or put in costs, in nats", 0, 1000)
+
+
+def write(aligner, choice, answers, unasked, prompts, new_tokens, rows, seeds, **sampling):
+    """As writers.Writer.write, (place, text) of each prompt (a list of token ids), in their order; the text is the one
+    that is worth most of choice.best_of edits and the answer as it is.
+
+    unasked: the prompts, but for the objectives, of which they name none. seeds: one for each prompt."""
+    for start in range(0, len(prompts), 4 * rows):  # a portion at a time, so that there is something to see
+        portion = slice(start, start + 4 * rows)
+        edits = candidates(aligner, prompts[portion], answers[portion], choice.best_of, new_tokens, rows,
+                           seeds[portion], **sampling)
+        asked, nothing = (scored(aligner.llama, side[portion], edits) for side in (prompts, unasked))
+        for place, (found, answer) in enumerate(zip(edits, answers[portion]), start):
+            worth = {text: (1 + choice.guidance) * next(asked) - choice.guidance * next(nothing)
+                     - choice.edit_cost * changed(answer, text) for text in found}
+            yield place, max(worth, key=worth.get)
+
+
+def scored(llama, prompts, edits):
+    """An iterator over log p(text | its prompt) of all texts in a list of {text: its ids}."""
+    return iter(document_logprobs(llama, [data.Document(array("i", prompt + ids), len(prompt))
+                                          for prompt, found in zip(prompts, edits) for ids in found.values()]))
+
+
+def candidates(aligner, prompts, answers, count, new_tokens, rows, seeds, temperature=0.0, **sampling):
+    """{text: its ids, with the token that ends it} of each prompt: `count` edits, and the answer. The first edit is
+    written at the temperature; the others are drawn, at TEMPERATURE where it is 0."""
+    stops, edits = aligner.llama.config.stop_ids, [{} for _ in prompts]
+
+    def text_of(ids):
+        return aligner.tokenizer.decode(ids[:-1] if ids and ids[-1] in stops else ids)
+    for number in range(count):
+        own = [seed_from(seed, number) if number else seed for seed in seeds]
+        warm = TEMPERATURE if number and not temperature else temperature
+        for place, ids in aligner.ids(prompts, new_tokens, rows, own, keep_stop=True, temperature=warm, **sampling):
+            edits[place].setdefault(text_of(ids).strip(), ids)
+    for found, answer in zip(edits, answers):
+        space = " " * text_of(next(iter(found.values()))).startswith(" ")            # where edits begin with one
+        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0]
+        found.setdefault(answer.strip(), ids + list(stops[:1]))
+    return edits
+
+
+@torch.inference_mode()
+def document_logprobs(llama, documents, micro_tokens=16384):
+    """log p(completion | prompt), summed over tokens, of each data.Document: a list of floats."""
+    found, order = [0.0] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    waiting = iter(order)  # as they are packed
+    for batch in train.pack([data.Example([documents[i]]) for i in order], micro_tokens, llama.device):
+        logprobs = token_logprobs(llama, batch.tokens, batch.lengths, batch.targets).double()    # (K,)
+        sums = logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.document, logprobs)     # (documents,)
+        for total in sums.tolist():
+            found[next(waiting)] = total
+    return found
+
+
+def changed(before, after):
+    """How many sentences of a text are taken out, and how many put in, to make another of it."""
+    old, new = (re.split(r"(?<=[.!?])\s+", text.strip()) for text in (before, after))
+    same = sum(block.size for block in SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks())
+    return len(old) + len(new) - 2 * same

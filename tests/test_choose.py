@@ -1,0 +1,179 @@
+"""The edit that was asked for: scores against whole texts through the model, what is chosen against trying all."""
+import random
+
+import pytest
+import torch
+
+import align
+import choose
+import data
+import toy
+import writers
+from choose import Choice
+from conftest import refused, run
+from model import logits
+from objectives import Objective
+from test_align import command, read, world  # noqa: F401  (a fixture)
+
+ASKED = [Objective("brevity", "The response should be short.")]
+
+
+@pytest.fixture(scope="module")
+def writer(world):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "computes_bf16", lambda device: False)
+        yield writers.Writer(world / "aligner", "cpu")
+
+
+@pytest.fixture(scope="module")
+def items():
+    rng = random.Random(0)
+    prompts = [toy.question(rng)[0] for _ in range(7)]
+    return [{"index": place, "prompt": prompt, "original": toy.answer("verbose", prompt, rng), "objectives": ASKED}
+            for place, prompt in enumerate(prompts)]
+
+
+def logprob(writer, item, objectives, ids):
+    """log p(ids | the aligner's prompt), the plain way."""
+    text, _ = data.aligner_prompt(item["prompt"], item["original"], objectives)
+    prompt = [0] + writer.tokenizer.encode(text).ids
+    with torch.no_grad():
+        rows = logits(writer.llama, torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
+    return sum(float(rows[len(prompt) + i - 1, token]) for i, token in enumerate(ids))
+
+
+def edited(writer, items, choice, **more):
+    options = {"max_new_tokens": 10, "batch": 4, "seed": 3, **more}
+    return {row["index"]: row["aligned"] for row in align.align(writer, items, None, choice=choice, **options)}
+
+
+def found_by(writer, items, count, **more):
+    """choose.candidates of each item, as align has them written."""
+    kept, candidates = [], choose.candidates
+
+    def watched(*words, **named):
+        found = candidates(*words, **named)
+        kept.extend(found)
+        return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "candidates", watched)
+        edited(writer, items, Choice(count), **more)
+    return kept
+
+
+@pytest.mark.parametrize("guidance, edit_cost", [(0.0, 0.0), (0.5, 0.0), (2.0, 0.3), (30.0, 0.0)])
+def test_what_is_chosen_is_worth_most(writer, items, guidance, edit_cost):
+    """By whole texts through the model; the objectives' prompt against one that names none."""
+    chosen = edited(writer, items, Choice(4, guidance, edit_cost))
+    for item, found in zip(items, found_by(writer, items, 4)):
+        assert 2 <= len(found) <= 5 and item["original"] in found
+        worth = {}
+        for text, ids in found.items():
+            given, free = (logprob(writer, item, objectives, ids) for objectives in (ASKED, []))
+            old, new = (toy.sentences_of(words) for words in (item["original"], text))
+            sentences = len(set(old) ^ set(new)) if text != item["original"] else 0
+            worth[text] = given + guidance * (given - free) - edit_cost * sentences
+        if len(set(old)) == len(old):
+            assert worth[chosen[item["index"]]] == pytest.approx(max(worth.values()), abs=1e-2)
+
+
+def test_the_first_candidate_is_the_likeliest_edit_and_the_last_the_answer(writer, items):
+    plain, found = edited(writer, items, Choice()), found_by(writer, items, 5)
+    for item, texts in zip(items, found):
+        assert next(iter(texts)) == plain[item["index"]] and list(texts)[-1] == item["original"]
+        for text, ids in texts.items():
+            assert writer.tokenizer.decode(ids).strip() == text
+    assert sum(map(len, found)) > 4 * len(items)  # drawn ones differ
+    other = found_by(writer, items, 5, seed=4)
+    assert [next(iter(texts)) for texts in other] == [next(iter(texts)) for texts in found] and other != found
+    assert found_by(writer, items, 5) == found
+
+
+def test_a_text_is_drawn_by_its_own_seed_and_not_by_its_neighbours(writer, items):
+    together = edited(writer, items, Choice(4))
+    for item in items:
+        assert edited(writer, [item], Choice(4), batch=1) == {item["index"]: together[item["index"]]}
+
+
+def test_where_a_changed_sentence_costs_too_much_every_answer_stays(writer, items):
+    dear = edited(writer, items, Choice(4, 0.5, 1000))
+    assert dear == {item["index"]: item["original"] for item in items}
+    cheap = edited(writer, items, Choice(4, 0.5, 0))
+    assert sum(cheap[item["index"]] != item["original"] for item in items) > 3
+
+
+def test_one_edit_is_the_one_that_is_written_without_a_choice(writer, items):
+    assert edited(writer, items, Choice(1, 30, 30)) == edited(writer, items, Choice())
+
+
+def test_rounds_choose_anew_among_edits_of_the_last_one(writer, items):
+    first = edited(writer, items, Choice(3, 2, 0))
+    second = edited(writer, items, Choice(3, 2, 0), rounds=2)
+    again = edited(writer, [{**item, "original": first[item["index"]]} for item in items], Choice(3, 0, 1000))
+    assert again == first and second.keys() == first.keys()
+
+
+def test_document_logprobs_are_those_of_each_text_alone(writer):
+    rng = random.Random(1)
+    documents = [data.Document([0, *(rng.randrange(4, 200) for _ in range(rng.randrange(6, 60)))], start)
+                 for start in (1, 3, 5, 2, 4)]
+    found = choose.document_logprobs(writer.llama, documents, micro_tokens=70)
+    for document, total in zip(documents, found):
+        with torch.no_grad():
+            rows = logits(writer.llama, torch.tensor([document.ids]))[0].double().log_softmax(-1)
+        by_hand = sum(float(rows[i - 1, document.ids[i]]) for i in range(document.start, len(document.ids)))
+        assert total == pytest.approx(by_hand, abs=1e-3)
+    assert choose.document_logprobs(writer.llama, []) == []
+
+
+def test_changed_counts_what_is_taken_out_and_what_is_put_in():
+    text = "Boil water. Add the tea! Is it dark? Wait"
+    assert choose.changed(text, text) == 0
+    assert choose.changed(text, "Boil water. Is it dark? Wait") == 1
+    assert choose.changed(text, f"{text}. Smile.") == 3  # "Wait" is "Wait." now
+    assert choose.changed(text, "Add the tea! Boil water. Is it dark? Wait") == 2
+    assert choose.changed("", "A. B.") == 3 and choose.changed("A. B.", "") == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_an_old_choice_is_not_given_for_a_new_one(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(writers, "computes_bf16", lambda device: False)
+    out = tmp_path / "out.jsonl"
+    assert run(align, monkeypatch, command(world, out)) == 0
+    plain = read(out)
+    assert run(align, monkeypatch, command(world, out, "--best-of", 3, "--edit-cost", 500)) == 0
+    assert [row["aligned"] for row in read(out)] == [row["original"] for row in plain]
+    assert run(align, monkeypatch, command(world, out, "--best-of", 3, "--edit-cost", 0)) == 0
+    assert [row["aligned"] for row in read(out)] != [row["original"] for row in plain]
+
+    def killed(*words):
+        raise KeyboardInterrupt
+    other = tmp_path / "other.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "write_rows", killed)
+        assert run(align, patch, command(world, other, "--best-of", 3, "--edit-cost", 500)) != 0
+    assert not other.exists()
+    refused(align, monkeypatch, capsys, command(world, other, "--best-of", 3, "--edit-cost", 0), "other settings")
+    assert run(align, monkeypatch, command(world, other, "--best-of", 3, "--edit-cost", 500)) == 0
+    assert [row["aligned"] for row in read(other)] == [row["original"] for row in plain]
+
+
+@pytest.mark.parametrize("extra, said", [
+    (("--guidance", 1), "--guidance needs --best-of"), (("--edit-cost", 1, "--best-of", 1), "needs --best-of 2"),
+    (("--best-of", 0), "--best-of"), (("--best-of", 3, "--guidance", -1), "--guidance"),
+])
+def test_refusals(world, tmp_path, monkeypatch, capsys, extra, said):  # noqa: F811
+    refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", *extra), said)
+    server = ["--model", "http://127.0.0.1:9", "--model-name", "m", "--data", world / "answers.jsonl", "--best-of", 2]
+    refused(align, monkeypatch, capsys, server, "--best-of")
+
+
+def test_objectives_of_the_template_are_named_in_one_prompt_and_in_the_other_none(writer, items, monkeypatch):
+    seen, ids = [], writers.Writer.encode
+    monkeypatch.setattr(writers.Writer, "encode", lambda self, text, *rest: seen.append(text) or ids(self, text, *rest))
+    edited(writer, items[:1], Choice(2))
+    assert len(seen) == 2 and "The response should be short." in seen[0] and "should be short" not in seen[1]
+    assert seen[0].replace("The response should be short.", "") == seen[1]
