@@ -7,7 +7,7 @@ x is among them; that one is taken which is worth most:
     log p(y | x, o) + guidance * (log p(y | x, o) - log p(y | x, -)) - edit_cost * changed(x, y)
 
 Here o is what is asked for, and -, the same prompt that names no objective: what is as likely where nothing is asked
-was not asked for (maximum mutual information, "MMI-antiLM": Li et al., arXiv 1510.03055, eq. 9; there of replies).
+was not asked for (maximum mutual information, "MMI-antiLM": Li et al., arXiv 1510.03055; there of replies).
 changed: sentences that are taken out or put in. Logarithms are natural, of whole texts with their end.
 """
 import re
