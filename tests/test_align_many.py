@@ -14,6 +14,7 @@ import checkpoint
 import endpoint
 import test_align
 import test_endpoint
+import writers
 from common import write_jsonl
 from conftest import refused, run, write
 from test_align import NEW_TOKENS, command, continuation, read
@@ -189,7 +190,7 @@ def test_windows_make_no_difference(world, aligned, tmp_path, monkeypatch, sourc
 
 class Shouting:
     """An aligner that writes its prompt's last letters, louder; `before` is told how many are asked for together."""
-    acceptance = align.Acceptance()
+    acceptance = writers.Acceptance()
 
     def __init__(self, before=lambda count: None):
         self.before = before

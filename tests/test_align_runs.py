@@ -148,8 +148,8 @@ def test_prompts_without_a_policy_are_refused(world, tmp_path, monkeypatch, caps
 
 KILLED = """
 import os, signal, sys
-import align
-align.computes_bf16 = lambda device: False  # as in this process
+import align, writers
+writers.computes_bf16 = lambda device: False  # as in this process
 count = int(sys.argv.pop(1))
 add, done = align.Journal.add, 0
 
