@@ -8,7 +8,8 @@ x is among them; that one is taken which is worth most:
 
 Here o is what is asked for, and -, the same prompt that names no objective: what is as likely where nothing is asked
 was not asked for (maximum mutual information, "MMI-antiLM": Li et al., arXiv 1510.03055; there of replies).
-changed: sentences that are taken out or put in. Logarithms are natural, of whole texts with their end.
+changed: sentences that are taken out or put in. Logarithms are natural, of whole texts with their end; an edit that
+has not come to its end in --max-new-tokens is not taken.
 """
 import re
 from array import array
@@ -58,20 +59,21 @@ def scored(llama, prompts, edits):
 
 
 def candidates(aligner, prompts, answers, count, new_tokens, rows, seeds, temperature=0.0, **sampling):
-    """{text: its ids, with the token that ends it} of each prompt: `count` edits, and the answer. The first edit is
-    written at the temperature; the others are drawn, at TEMPERATURE where it is 0."""
-    stops, edits = aligner.llama.config.stop_ids, [{} for _ in prompts]
-
-    def text_of(ids):
-        return aligner.tokenizer.decode(ids[:-1] if ids and ids[-1] in stops else ids)
+    """{text: its ids, with the token that ends it} of each prompt: `count` edits, but for those that came to no end,
+    and the answer. The first edit is written at the temperature; the others are drawn, at TEMPERATURE where it is 0."""
+    stops, edits, spaces = aligner.llama.config.stop_ids, [{} for _ in prompts], [""] * len(prompts)
     for number in range(count):
         own = [seed_from(seed, number) if number else seed for seed in seeds]
         warm = TEMPERATURE if number and not temperature else temperature
         for place, ids in aligner.ids(prompts, new_tokens, rows, own, keep_stop=True, temperature=warm, **sampling):
-            edits[place].setdefault(text_of(ids).strip(), ids)
-    for found, answer in zip(edits, answers):
-        space = " " * text_of(next(iter(found.values()))).startswith(" ")            # where edits begin with one
-        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0]
+            ended = bool(ids) and ids[-1] in stops
+            text = aligner.tokenizer.decode(ids[:-1] if ended else ids)
+            if text.startswith(" "):
+                spaces[place] = " "
+            if ended or not stops:
+                edits[place].setdefault(text.strip(), ids)
+    for found, answer, space in zip(edits, answers, spaces):
+        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0]          # it begins as edits do
         found.setdefault(answer.strip(), ids + list(stops[:1]))
     return edits
 

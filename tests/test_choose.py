@@ -1,5 +1,7 @@
 """The edit that was asked for: scores against whole texts through the model, what is chosen against trying all."""
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -13,13 +15,25 @@ from choose import Choice
 from conftest import refused, run
 from model import logits
 from objectives import Objective
-from test_align import command, read, world  # noqa: F401  (a fixture)
+from test_align import command, read
+from test_align import world as untrained  # noqa: F401  (a fixture)
 
 ASKED = [Objective("brevity", "The response should be short.")]
 
 
 @pytest.fixture(scope="module")
-def writer(world):  # noqa: F811
+def world(untrained, tmp_path_factory):  # noqa: F811
+    """The untrained models, but one token of six ends a text, so that there are texts of some tokens."""
+    folder = tmp_path_factory.mktemp("ending") / "world"
+    shutil.copytree(untrained, folder)
+    path = folder / "aligner" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "eos_token_id": list(range(1, config["vocab_size"], 6))}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def writer(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writers, "computes_bf16", lambda device: False)
         yield writers.Writer(world / "aligner", "cpu")
@@ -82,11 +96,18 @@ def test_the_first_candidate_is_the_likeliest_edit_and_the_last_the_answer(write
     for item, texts in zip(items, found):
         assert next(iter(texts)) == plain[item["index"]] and list(texts)[-1] == item["original"]
         for text, ids in texts.items():
-            assert writer.tokenizer.decode(ids).strip() == text
+            assert writer.tokenizer.decode(ids[:-1]).strip() == text and ids[-1] in writer.llama.config.stop_ids
     assert sum(map(len, found)) > 4 * len(items)  # drawn ones differ
     other = found_by(writer, items, 5, seed=4)
     assert [next(iter(texts)) for texts in other] == [next(iter(texts)) for texts in found] and other != found
     assert found_by(writer, items, 5) == found
+
+
+def test_an_edit_that_comes_to_no_end_is_not_taken(writer, items):
+    short = [list(texts.values())[:-1] for texts in found_by(writer, items, 6, max_new_tokens=2)]
+    assert not all(short) and any(short)
+    for ids in sum(short, []):
+        assert len(ids) <= 2 and ids[-1] in writer.llama.config.stop_ids
 
 
 def test_a_text_is_drawn_by_its_own_seed_and_not_by_its_neighbours(writer, items):
@@ -139,7 +160,7 @@ def test_changed_counts_what_is_taken_out_and_what_is_put_in():
 # The command
 
 
-def test_an_old_choice_is_not_given_for_a_new_one(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_old_choice_is_not_given_for_a_new_one(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writers, "computes_bf16", lambda device: False)
     out = tmp_path / "out.jsonl"
     assert run(align, monkeypatch, command(world, out)) == 0
@@ -165,7 +186,7 @@ def test_an_old_choice_is_not_given_for_a_new_one(world, tmp_path, monkeypatch, 
     (("--guidance", 1), "--guidance needs --best-of"), (("--edit-cost", 1, "--best-of", 1), "needs --best-of 2"),
     (("--best-of", 0), "--best-of"), (("--best-of", 3, "--guidance", -1), "--guidance"),
 ])
-def test_refusals(world, tmp_path, monkeypatch, capsys, extra, said):  # noqa: F811
+def test_refusals(world, tmp_path, monkeypatch, capsys, extra, said):
     refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", *extra), said)
     server = ["--model", "http://127.0.0.1:9", "--model-name", "m", "--data", world / "answers.jsonl", "--best-of", 2]
     refused(align, monkeypatch, capsys, server, "--best-of")
