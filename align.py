@@ -59,7 +59,7 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
 
     items: dicts with "index", "prompt", "original", and "objectives" (a list of Objective) where an item has its own.
     One whose prompt does not fit the model even without its oldest turns keeps its answer and says "left_as_is".
-    sampling: temperature, top_k, ... (see generate.stream)."""
+    choice: of how many edits which one is taken. sampling: temperature, top_k, ... (see generate.stream)."""
     new_tokens = aligner.room(max_new_tokens)
 
     def asking(item, objectives):
@@ -81,7 +81,7 @@ def align(aligner, items, objectives, template=data.TEMPLATE, rounds=1, max_new_
         write = aligner.write
         if choice.best_of > 1:
             write = functools.partial(choose.write, aligner, choice, list(map(answer_of, fitting)),
-                                      [asking(item, []) for item in fitting])
+                                      [asking(item, []) or prompt for item, prompt in zip(fitting, prompts)])
         for i, text in write(prompts, new_tokens, batch, seeds, **sampling):
             edited.append(edited_item(fitting[i], text))
             if last:

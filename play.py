@@ -36,7 +36,7 @@ def task_meant(text):
     """The number of the task that a number from 1 or any words mean, None where there is none near."""
     if text.isdecimal():
         return int(text) - 1 if 1 <= int(text) <= len(toy.TASKS) else None
-    plain = {task.lower(): number for number, task in enumerate(toy.TASKS)}
+    plain = {task.lower(): place for place, task in enumerate(toy.TASKS)}
     words = set(text.lower().replace("?", " ").split()) - {"a", "the", "i", "do", "how", "to", "can", "you"}
 
     def likeness(task):

@@ -237,13 +237,14 @@ def alone(foundation, items):
     return [{**item, "aligned": texts[place].split("\n\nHuman:")[0].strip()} for place, item in enumerate(items)]
 
 
-def baselines(aligner, foundation, edited, seed):
+def baselines(aligner, foundation, edited, seed, **sampling):
     """{who: items} of what else there could be in the place of the edits, for the kinds in measure.DOUBTED."""
     edited = [item for item in edited if item["kind"] in measure.DOUBTED]
     return {"the edits": edited,
             "copy: nothing done": [{**item, "aligned": item["original"]} for item in edited],
             "foundation, no answer seen": alone(foundation, edited),
-            "edits, asked for another": edit(aligner, list(measure.asked_for_another(edited, seed)), seed)}
+            "edits, asked for another": edit(aligner, list(measure.asked_for_another(edited, seed)), seed,
+                                              **sampling)}
 
 
 def judge(edited, seed):
@@ -278,15 +279,15 @@ def story(out, seed, device, options=RECIPE):
     aligner = Writer(out / "aligner", device)
     rng = random.Random(f"prompts {seed}")
     prompts = [toy.question(rng)[0] for _ in range(options.prompts)]
-    rows, results, edited = {}, {}, []
+    rows, results, edited, choice = {}, {}, [], Choice(options.best_of)
     for name in toy.POLICIES:
         answers = ask_policy(name, prompts, out, seed, device)
         asked = list(measure.requests(name, prompts, answers, seed))
-        edits = edit(aligner, asked, seed, choice=Choice(options.best_of))
+        edits = edit(aligner, asked, seed, choice=choice)
         rows[name], results[name] = judge(edits, seed)
         write_jsonl(out / "aligned" / f"{name}.jsonl", rows[name])
         edited += edits
-    others = baselines(aligner, Writer(out / "foundation", device), edited, seed)
+    others = baselines(aligner, Writer(out / "foundation", device), edited, seed, choice=choice)
     announce("6. the judges compare")
     note = told_otherwise(options)
     write_results(out, rows, results, edited, others, note)
