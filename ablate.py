@@ -15,7 +15,8 @@
     several   of 2 and of 8 edits of each answer the one that was asked for most (choose.py)
 
 Each variant is one aligner that is trained as the story trains its own, but for what its name says, and measured as
-there (measure.py) on answers of the five policies' manners. Rows go to OUT/rows.jsonl, charts to OUT/report.html.
+there (measure.py) on answers of the five policies' manners. Rows go to OUT/rows.jsonl, charts to OUT/report.html: all
+that was measured there by the same code, at the same scale and number of questions.
 """
 import itertools
 import math
@@ -23,7 +24,7 @@ import random
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common import announce, cli, code_of, make_parser, number, write_jsonl
+from common import announce, cli, code_of, digest, make_parser, number, write_jsonl
 
 import data
 import files
@@ -144,13 +145,14 @@ def one_by_one(aligner, seed, count):
 
 
 def unseen_wishes(rng, answer):
-    """Names of the six unseen wishes in a random order, about different words; to be avoided is what the answer names,
-    where it names any."""
+    """Names of the six unseen wishes in a random order, about different words; to be taken out is what the answer names,
+    where it names any (of the words never read, for "avoid")."""
     said = [word for word in wordings.WORDS if toy.mentions(answer, word)]
+    unread = [word for word in said if word in wordings.HELD_OUT_WORDS]
     never = rng.sample([word for word in wordings.HELD_OUT_WORDS if word not in said], 5)
     trained = rng.sample([word for word in wordings.TRAINED_WORDS if word not in said], 2)
-    names = [f"avoid_{(said or never)[0]}", f"mention_{never[1]}", f"begin_{never[2]}", f"end_{never[3]}",
-             f"twice_{trained[0]}", f"butnot_{trained[1]}_{never[4]}"]
+    names = [f"avoid_{(unread or never)[0]}", f"mention_{never[1]}", f"begin_{never[2]}", f"end_{never[3]}",
+             f"twice_{trained[0]}", f"butnot_{trained[1]}_{(said or never[4:])[-1]}"]
     return rng.sample(names, len(names))
 
 
@@ -161,7 +163,7 @@ def item_of(policy, prompt, answer, names):
 
 
 def rounds_and_numbers(aligner, seed, count):
-    """{"round 1", ...: table} of all nine objectives asked for again and again, and {"1 asked", ...: table}."""
+    """{"1 asked", ..., "9 asked": table}, and {"round 2", "round 3": table} of these nine, asked for again and again."""
     found, everything = {}, answered(seed, count)
     rng = random.Random(f"numbers {seed}")
     for asked in (1, 3, 6, 9):
@@ -169,10 +171,9 @@ def rounds_and_numbers(aligner, seed, count):
                  for policy, (prompts, answers) in everything.items() for prompt, answer in zip(prompts, answers)]
         edited = story.edit(aligner, items, seed)
         found[f"{asked} asked"] = {"all": measure.figures(edited)["all"]}
-    for turn in (1, 2, 3):  # of the nine, against the policy's own answer
-        if turn > 1:
-            again = story.edit(aligner, [{**item, "original": item["aligned"]} for item in edited], seed)
-            edited = [{**item, "aligned": new["aligned"]} for item, new in zip(edited, again)]
+    for turn in (2, 3):  # of the nine, against the policy's own answer
+        again = story.edit(aligner, [{**item, "original": item["aligned"]} for item in edited], seed)
+        edited = [{**item, "aligned": new["aligned"]} for item, new in zip(edited, again)]
         found[f"round {turn}"] = {"all": measure.figures(edited)["all"]}
     return found
 
@@ -194,6 +195,7 @@ MEASURED = {"unseen": one_by_one, "rounds": rounds_and_numbers, "several": best_
 
 def run_variant(out, figure, name, seed, scale, count, device):
     """Train and measure a variant, unless that was done by this code. Gives its rows."""
+    code = code_of("ablate")
     variant, folder = FIGURES[figure][name], out / f"{plain(name)}-{seed}"
     results = f"{figure}.json" if figure in MEASURED else "kinds.json"
     with whole_run(folder, {"variant": asdict(variant), "seed": seed, "scale": scale}, "ablate"):
@@ -201,9 +203,9 @@ def run_variant(out, figure, name, seed, scale, count, device):
             train_variant(out, folder, variant, seed, scale, device)
             tables = MEASURED.get(figure, all_kinds)(Writer(folder / "aligner", device), seed, count)
             write_jsonl(folder / results, [tables])
-        kept(folder, results, [count, code_of("ablate")], make)
+        kept(folder, results, [count, code], make)
     tables = files.read_json(folder / results)
-    about = {"figure": figure, "variant": name, "seed": seed, "scale": scale}
+    about = {"figure": figure, "variant": name, "seed": seed, "scale": scale, "questions": count, "code": digest(code)}
     return [{**about, "at": at, "kind": kind, "measure": measured, **cell} for at, table in tables.items()
             for kind, cells in table.items() for measured, cell in cells.items()]
 
@@ -224,12 +226,13 @@ def gathered(rows):
 
 
 def lines_of(kinds):
-    """{line: {seed: cell}} of {kind: {measure: {seed: cell}}}: the summary's, or else net, worse and kept of each kind.
-    """
+    """{line: {seed: cell}} of {kind: {measure: {seed: cell}}}: the summary's, or else net of each kind, and worse and kept,
+    which are of all that was asked for."""
     if "summary" in kinds:
         return kinds["summary"]
-    return {f"{measured}, {kind}": cells[measured] for kind, cells in kinds.items()
-            for measured in ("net", "worse", "kept") if measured in cells}
+    edits = next(iter(kinds.values()))
+    return ({f"net, {kind}": cells["net"] for kind, cells in kinds.items() if "net" in cells}
+            | {measured: edits[measured] for measured in ("worse", "kept") if measured in edits})
 
 
 def joined(seeds):
@@ -255,13 +258,14 @@ def report(out, rows):
     """A page and a text of tables, a chart of what is asked for in each figure."""
     parts, texts = [f"<p>{LEGEND}</p>"], []
     for figure, variants in gathered(rows).items():
-        cells = {name: {line: joined(seeds) for line, seeds in lines.items()} for name, lines in variants.items()}
+        label, recipe = labels(variants), variants.get(RECIPE, {})
+        cells = {label[name]: {line: joined(seeds) for line, seeds in lines.items()} for name, lines in variants.items()}
         names = list(dict.fromkeys(line for found in cells.values() for line in found))
-        bars = [bar_of(name, found, names[:3]) for name, found in cells.items()]
-        parts += [f"<h2>{figure}</h2>", f'<div class="card"><p class="small">{"; ".join(names[:3])}</p>',
-                  bar_chart(bars, -100, 100, "; ".join(names[:3])), "</div>"]
-        recipe = variants.get(RECIPE, {})
-        cells |= {f"{name}, less the recipe": beside(lines, recipe) for name, lines in variants.items()
+        charted = [name for name in names if name.startswith("net")][:3]
+        bars = [bar_of(name, found, charted) for name, found in cells.items() if found.keys() & charted]
+        parts += [f"<h2>{figure}</h2>", f'<div class="card"><p class="small">{"; ".join(charted)}</p>',
+                  bar_chart(bars, -100, 100, "; ".join(charted)), "</div>"]
+        cells |= {f"{label[name]}, less the recipe": beside(lines, recipe) for name, lines in variants.items()
                   if recipe and name != RECIPE}
         parts.append(html_table(["", *names], [(key, *(told(found.get(name)) for name in names))
                                                for key, found in cells.items()]))
@@ -269,6 +273,13 @@ def report(out, rows):
                              for key, found in cells.items()]
     write_page(out / "report.html", "nanoalign: what generalisation takes", parts)
     return "\n".join([*texts, LEGEND])
+
+
+def labels(variants):
+    """{name: as it is told} of variants: with the number of its seeds where others have more."""
+    counts = {name: max(map(len, lines.values()), default=0) for name, lines in variants.items()}
+    most = max(counts.values())
+    return {name: name if count == most else f"{name} ({count} of {most} seeds)" for name, count in counts.items()}
 
 
 def bar_of(name, cells, lines):
@@ -287,6 +298,10 @@ def told(value):
         f" (±{prompts:.1f})" if prompts is not None else "")
 
 
+def same(row, other, *keys):
+    return all(row.get(key) == other[key] for key in keys)
+
+
 LEGEND = "±: 95 % over seeds (Student's t); in brackets over prompts (bootstrap). Less the recipe: seed by seed."
 
 
@@ -301,14 +316,16 @@ def main():
     add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
-    out, device, rows = Path(args.out), device_named(args.device), []
+    out, device = Path(args.out), device_named(args.device)
+    rows = [row for _, row in files.records(out / "rows.jsonl")] if (out / "rows.jsonl").exists() else []
     tasks = [(figure, name, seed) for seed, figure in itertools.product(args.seeds, args.figures)
              for name in FIGURES[figure]]
     for place, (figure, name, seed) in enumerate(tasks, 1):
         announce(f"{place} of {len(tasks)}: {figure}, {name}, seed {seed}")
-        rows += run_variant(out, figure, name, seed, args.scale, args.questions, device)
+        made = run_variant(out, figure, name, seed, args.scale, args.questions, device)
+        rows = [row for row in rows if not same(row, made[0], "figure", "variant", "seed", "scale", "questions")] + made
         write_jsonl(out / "rows.jsonl", rows)
-        text = report(out, rows)
+        text = report(out, [row for row in rows if same(row, made[0], "scale", "questions", "code")])
     print(text)
 
 

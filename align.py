@@ -43,7 +43,7 @@ class Options:
 @dataclass
 class Sampling:
     """How each token is chosen: the keywords of generate.filtered_probs."""
-    temperature: float = option(0.0, "0 takes the likeliest token", 0, 1e9)
+    temperature: float = option(0.0, "0 takes the likeliest token (of several edits: for the first)", 0, 1e9)
     top_k: int = option(0, "draw among so many of the likeliest tokens; 0: among all", 0, 10**9)
     top_p: float = option(1.0, "draw among the likeliest tokens that together have this probability", 1e-9, 1)
     min_p: float = option(0.0, "leave out tokens with less than this share of the likeliest one's probability", 0, 1)
@@ -144,12 +144,12 @@ def arguments(argv=None):
     else:
         refuse_given(parser, args, ["model_name"], "is an aligner's behind a server; give --model URL")
     if args.interactive:
-        refuse_given(parser, args, ["shard"], "is for --data")
+        refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "goes without --interactive")
     elif args.shard and args.out.endswith(".csv"):
         parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
     if (args.best_of or 1) == 1:
         refuse_given(parser, args, ["guidance", "edit_cost"], "needs --best-of 2 or more")
-    if not args.temperature:
+    if not args.temperature and (args.best_of or 1) == 1:
         refuse_given(parser, args, vars(Sampling()).keys() - {"temperature"}, "needs a --temperature above 0")
     return args
 
@@ -244,7 +244,9 @@ def tell(out, told, skipped, faults, acceptance):
     for reason, count in faults.items():
         print(f"left out: {count} prompts {reason}")
     if told["kept"]:
-        print(f"left as they were: {told['kept']} answers that do not fit the aligner's context")
+        print(f"left as they were: {told['kept']} answers that do not fit the aligner's context and --max-new-tokens")
+    if told["empty"]:
+        print(f"empty: {told['empty']} edits, of answers that are not")
     share = f"; {100 * acceptance.share:.0f} % of the tokens copied" if acceptance.written else ""
     print(f"{out}: {told['rows']} answers, {told['changed']} changed{share}")
 

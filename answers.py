@@ -129,7 +129,8 @@ def finished(items, content, journal, told):
     for item in items:
         row = {**item, **journal.rows.get(item["index"], {})}
         if "aligned" in row:
-            told.update(rows=1, changed=row["aligned"] != row["original"], kept=row.get("left_as_is", False))
+            told.update(rows=1, changed=row["aligned"] != row["original"], kept=row.get("left_as_is", False),
+                        empty=not row["aligned"].strip() and bool(row["original"].strip()))
             yield {key: row[key] for key in COLUMNS if key in row}
     if items.digest != content:
         raise UserError(f"{items.paths[0]}: it, or another file of --data, has changed since the edits began; delete "

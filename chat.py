@@ -103,9 +103,10 @@ def template_in(folder):
 
 
 def fingerprint(folder, how="auto"):
-    """A checksum (text) of the chat template that a model in a folder is asked by; None: none."""
+    """A checksum (text) of the chat template that a model in a folder is asked by, and of what ends an answer to it; None:
+    none."""
     source = find(folder, how)
-    return source and source.digest
+    return source and digest(source.digest, read_object(source.folder / "generation_config.json").get("eos_token_id"))
 
 
 def with_template(tokenizer, folder, config, how="auto", began=None):

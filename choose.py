@@ -6,15 +6,15 @@ x is among them; that one is taken which is worth most:
 
     log p(y | x, o) + guidance * (log p(y | x, o) - log p(y | x, -)) - edit_cost * changed(x, y)
 
-Here o is what is asked for, and -, the same prompt that names no objective: what is as likely where nothing is asked
-was not asked for (maximum mutual information, "MMI-antiLM": Li et al., arXiv 1510.03055; there of replies).
-changed: sentences that are taken out or put in. Logarithms are natural, of whole texts with their end; an edit that
-has not come to its end in --max-new-tokens is not taken.
+Here o is what is asked for, and -, the same prompt that names no objective (of a dialogue that is cut to the context,
+perhaps with more of its old turns): what is as likely where nothing is asked was not asked for (maximum mutual
+information, "MMI-antiLM": Li et al., arXiv 1510.03055; there of replies). changed: sentences that are taken out or put
+in. Logarithms are natural, of whole texts with their end; an edit that has not come to its end in --max-new-tokens is
+not taken, and an answer of more tokens than these is not edited, since no whole edit could be held against it.
 """
 import re
 from array import array
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 from common import option, seed_from
 
@@ -23,6 +23,7 @@ import torch
 import data
 import train
 from model import token_logprobs
+from report import in_common
 
 TEMPERATURE = 0.7  # of the edits that are drawn, where none is given
 
@@ -30,7 +31,8 @@ TEMPERATURE = 0.7  # of the edits that are drawn, where none is given
 @dataclass
 class Choice:
     """How one of several edits is chosen (choose.py)."""
-    best_of: int = option(1, "write so many edits of each answer, and take the one that was asked for", 1, 1000)
+    best_of: int = option(1, "write so many edits of each answer, the first as always and the others at a temperature of "
+                          f"{TEMPERATURE} where none is given, and take the one that was asked for", 1, 1000)
     guidance: float = option(0.5, "with --best-of: how much it counts that an edit is likelier for what is asked than "
                              "where nothing is", 0, 1000)
     edit_cost: float = option(1.0, "with --best-of: what a sentence taken out or put in costs, in nats", 0, 1000)
@@ -38,7 +40,7 @@ class Choice:
 
 def write(aligner, choice, answers, unasked, prompts, new_tokens, rows, seeds, **sampling):
     """As writers.Writer.write, (place, text) of each prompt (a list of token ids), in their order; the text is the one
-    that is worth most of choice.best_of edits and the answer as it is.
+    that is worth most of choice.best_of edits and the answer as it is; None for an answer of more than new_tokens.
 
     unasked: the prompts, but for the objectives, of which they name none. seeds: one for each prompt."""
     for start in range(0, len(prompts), 4 * rows):  # a portion at a time, so that there is something to see
@@ -49,7 +51,8 @@ def write(aligner, choice, answers, unasked, prompts, new_tokens, rows, seeds, *
         for place, (found, answer) in enumerate(zip(edits, answers[portion]), start):
             worth = {text: (1 + choice.guidance) * next(asked) - choice.guidance * next(nothing)
                      - choice.edit_cost * changed(answer, text) for text in found}
-            yield place, max(worth, key=worth.get)
+            best = max(worth, key=worth.get, default=None)
+            yield place, answer if best == answer.strip() else best
 
 
 def scored(llama, prompts, edits):
@@ -60,7 +63,8 @@ def scored(llama, prompts, edits):
 
 def candidates(aligner, prompts, answers, count, new_tokens, rows, seeds, temperature=0.0, **sampling):
     """{text: its ids, with the token that ends it} of each prompt: `count` edits, but for those that came to no end,
-    and the answer. The first edit is written at the temperature; the others are drawn, at TEMPERATURE where it is 0."""
+    and the answer; {} where this has more than new_tokens. The first edit is written at the temperature; the others are
+    drawn, at TEMPERATURE where it is 0."""
     stops, edits, spaces = aligner.llama.config.stop_ids, [{} for _ in prompts], [""] * len(prompts)
     for number in range(count):
         own = [seed_from(seed, number) if number else seed for seed in seeds]
@@ -73,8 +77,10 @@ def candidates(aligner, prompts, answers, count, new_tokens, rows, seeds, temper
             if ended or not stops:
                 edits[place].setdefault(text.strip(), ids)
     for found, answer, space in zip(edits, answers, spaces):
-        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0]          # it begins as edits do
-        found.setdefault(answer.strip(), ids + list(stops[:1]))
+        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0] + list(stops[:1])  # it begins as edits do
+        found.setdefault(answer.strip(), ids)
+        if len(ids) > new_tokens:
+            found.clear()
     return edits
 
 
@@ -93,6 +99,6 @@ def document_logprobs(llama, documents, micro_tokens=16384):
 
 def changed(before, after):
     """How many sentences of a text are taken out, and how many put in, to make another of it."""
-    old, new = (re.split(r"(?<=[.!?])\s+", text.strip()) for text in (before, after))
-    same = sum(block.size for block in SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks())
-    return len(old) + len(new) - 2 * same
+    old, new = (list(filter(None, re.split(r"(?<=[.!?])\s+|\s*\n\s*|(?<=[。！？])", text.strip())))
+                for text in (before, after))
+    return len(old) + len(new) - 2 * in_common(old, new)

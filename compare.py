@@ -32,7 +32,7 @@ import toy
 from ablate import plain
 from eval import mean_and_interval
 from model import device_named
-from report import colour_of, escape, html_table, over_seeds, text_table, write_page
+from report import colour_of, escape, html_table, in_common, over_seeds, text_table, write_page
 from resume import kept, whole_run
 from rivals import BRIEF, OBJECTIVES, RIVALS, UNSEEN, Entry, World
 
@@ -74,7 +74,7 @@ def shown(world, entry, asked=OBJECTIVES, before=None):
     each = [sum(column) / len(column) for column in zip(*gains(world, entry, asked, before))]
     spoilt = [toy.score(name, prompt, after) < toy.score(name, prompt, old) for name in UNASKED if name not in asked
               for prompt, old, after in zip(world.prompts, before, entry.answers)]
-    stand = [measure.in_common(*map(toy.sentences_of, texts)) / max(1, len(toy.sentences_of(texts[0])))
+    stand = [in_common(*map(toy.sentences_of, texts)) / max(1, len(toy.sentences_of(texts[0])))
              for texts in zip(before, entry.answers)]
     means = [sum(row) / len(row) for row in gains(world, entry, asked, before)]
     win, over_golden = ([wins(name, world.prompts, entry.answers, others) for name in asked]

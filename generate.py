@@ -319,7 +319,7 @@ def filtered_probs(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise UserError(f"generate: top_k {top_k} must be at least 0, top_p {top_p} above 0 and at most 1, min_p "
                         f"{min_p} from 0 to 1")
-    probs = (logits.float() / temperature).softmax(-1)
+    probs = (logits.float() / max(temperature, 1e-6)).softmax(-1)  # below it, the likeliest token, without infinities
     if 0 < top_k < probs.size(-1):
         kth = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0)

@@ -7,7 +7,8 @@ MetaAligner's paper measures objectives that are named in the prompt. The figure
     moved      those that it makes better or worse
     unchanged  edits that leave the answer as it is, where nothing asked for can improve
     kept       share of the answer's sentences that stand in the edit, in the same order
-    beyond     sentences taken out or put in beyond those of the smallest edit that does what was asked
+    beyond     sentences taken out or put in beyond those of the smallest edit that does what was asked; ten at most,
+               since a few edits that come to no end would rule the mean
     garbled    edits with a new sentence that this world does not know, or about a word that nobody has named
     repeated   edits that say again what they have said, more often than the answer does
 
@@ -25,9 +26,9 @@ from collections import Counter
 import toy
 import wordings
 from eval import mean_and_interval
-from report import html_table
+from report import html_table, in_common
 
-KINDS = {  # kind -> (wordings of which its wishes are, what is held out of which)
+KINDS = {  # kind -> the wordings of which its wishes are (wordings.say)
     "all nine": "pairs",
     "all nine, in pretraining only": "held out",
     "one of the nine": "pairs",
@@ -66,20 +67,20 @@ def requests(policy, prompts, answers, seed, kinds=KINDS):
 
 
 def asked_of(rng, place, answer, named):
-    """{kind: names} for one answer, which mentions the words `named`."""
-    trained, second = rng.sample(wordings.TRAINED_WORDS, 2)
+    """{kind: names} for one answer, which mentions the words `named`. Both halves of a combination are to be done."""
+    trained, second = rng.sample([word for word in wordings.TRAINED_WORDS if word not in named], 2)
     never = rng.choice(wordings.HELD_OUT_WORDS)
-    one, verb = [list(toy.NAMED)[place % len(toy.NAMED)]], rng.choice(OTHER_VERBS)
+    one = [list(toy.NAMED)[place % len(toy.NAMED)]]
+    there = [word for word in named if word in wordings.TRAINED_WORDS]  # which could be taken out
+    verb = rng.choice([verb for verb in OTHER_VERBS if there or verb != "endwithout"])
     asked = {"all nine": rng.sample(list(toy.NAMED), len(toy.NAMED)), "one of the nine": one,
              "mention a trained word": [f"mention_{trained}"], "mention a word never read": [f"mention_{never}"],
-             "other verbs": [wish(verb, answer, trained, second)],
+             "other verbs": [wish(verb, answer, trained, there[0] if verb == "endwithout" else second)],
              "a verb in pretraining only": [f"{rng.choice(wordings.HELD_OUT_VERBS)}_{trained}"]}
     if named:
         kind = "avoid a word never read" if named[0] in wordings.HELD_OUT_WORDS else "avoid a trained word"
         asked[kind] = [f"avoid_{named[0]}"]
-    joined = rng.choice(list(wordings.COMBINATIONS))
-    other = named[0] if joined == "butnot" and named and named[0] != trained else second
-    asked["combinations never read"] = [f"{joined}_{trained}_{other}"]
+    asked["combinations never read"] = [f"butnot_{trained}_{there[0]}" if there else f"beginend_{trained}_{second}"]
     return asked | {f"{kind}, in pretraining only": names for kind, names in asked.items()
                     if f"{kind}, in pretraining only" in KINDS}
 
@@ -105,6 +106,8 @@ def need(name, prompt, text):
             return max(toy.best(name) - toy.traits(prompt, text).get(trait, 0), 0)
         return sum(toy.traits(prompt, sentence).get(trait, 0) for sentence in sentences)
     verb, slots = wordings.parts(name)
+    if verb in ("twice", "atleast"):
+        sentences = list(dict.fromkeys(sentences))
     if verb in ("atmost", "atleast"):
         return max(0, (len(sentences) - int(slots[0])) * (1 if verb == "atmost" else -1))
     about = [[toy.mentions(sentence, word) for sentence in sentences] for word in slots]
@@ -118,16 +121,6 @@ def need(name, prompt, text):
             "beginend": (about[0][:1] != [True]) + (about[-1][-1:] != [True])}[verb]
 
 
-def in_common(old, new):
-    """How many sentences of a list stand in another in the same order, at most."""
-    longest = [0] * (len(new) + 1)
-    for sentence in old:
-        before = list(longest)
-        for place, other in enumerate(new):
-            longest[place + 1] = before[place] + 1 if sentence == other else max(before[place + 1], longest[place])
-    return longest[-1]
-
-
 def look(item):
     """What one edit did: {figure: list of numbers}, in shares of 1 (beyond: sentences). An item's "judged" are those of
     its names that "net" is about, where these are not all."""
@@ -137,6 +130,7 @@ def look(item):
     old, new = (toy.sentences_of(text) for text in (before, after))
     same = in_common(old, new)
     room = [name for name in item.get("judged", item["names"]) if scores[name][0] < toy.best(name)]
+    done = all(scores[name][0] >= toy.best(name) for name in item["names"])
     asked = [scores[name] for name in room]
     unnamed = [scores[name] for name in toy.NAMED if name not in item["names"]]
     found = {"net": [(b < a) - (b > a) for b, a in asked],
@@ -144,10 +138,10 @@ def look(item):
              "kept": [same / len(old)] if old else [],
              "garbled": [not new or any(garbled(sentence, item) for sentence in set(new) - set(old))],
              "repeated": [len(new) - len(set(new)) > len(old) - len(set(old))]}
-    if not room:
+    if done:
         found["unchanged"] = [before == after]
-    elif len(item["names"]) == 1 and scores[room[0]][1] == toy.best(room[0]):
-        found["beyond"] = [len(old) + len(new) - 2 * same - need(room[0], prompt, before)]
+    if room and len(item["names"]) == 1 and scores[room[0]][1] == toy.best(room[0]):
+        found["beyond"] = [min(len(old) + len(new) - 2 * same - need(room[0], prompt, before), 10)]
     return found
 
 
@@ -178,8 +172,8 @@ def by_kind(items):
 
 def mean_of(parts, seed):
     """{"mean", "interval", "n"} of lists of (number, policy, prompt), in points (of shares of 1: 0 to 100): the mean
-    over the lists of their means over policies, however many numbers each has; its interval by bootstrap over prompts.
-    """
+    over the lists of their means over policies, however many numbers each has; its interval by bootstrap over prompts,
+    in which the policies' shares vary with the prompts drawn: rather too wide than too narrow."""
     weights = []
     for part in parts:
         counts = Counter(policy for _, policy, _ in part)
@@ -208,8 +202,8 @@ SUMMARY = {  # line of the summary -> (figure, the kinds over which it is a mean
 
 
 def summary(items, seed=0):
-    """{line of SUMMARY: {"mean", "interval", "n"}} of edited items: each kind counts alike, and in a kind each policy.
-    """
+    """{line of SUMMARY: {"mean", "interval", "n"}} of edited items. Of several kinds each counts alike, and in a kind
+    each policy; in "all", each by how many edits it has."""
     found, lines = by_kind(items), {}
     for line, (figure, kinds) in SUMMARY.items():
         parts = [found[kind][figure] for kind in kinds if found.get(kind, {}).get(figure)]
@@ -221,7 +215,8 @@ def summary(items, seed=0):
 LEGEND = """
 net: wins - losses on what was asked, where it could be better; worse, moved: unnamed objectives made worse, and
 changed either way; unchanged: answers left as they are where nothing asked could improve; kept: sentences of the
-answer that survive in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done);
+answer that survive in the edit; beyond: sentences changed beyond the smallest edit that does it (where it was done; ten
+at most);
 garbled: edits with a sentence that makes no sense; repeated: with one said again. All in %, but for beyond. In
 pretraining only: in wordings, or by a verb, of which the foundation has read, while no pair asks so"""
 
@@ -253,7 +248,7 @@ def html(table):
 
 DOUBTED = ("all nine", "one of the nine")  # the kinds of requests for which there are baselines
 DOUBTS = ("Beside the edits: doing nothing; a foundation that is told question and objectives, but never saw the "
-          "answer; and edits towards another of the nine than they are judged on. Win rate: against golden answers; "
+          "answer, its likeliest text; and edits towards another of the nine than they are judged on. Win rate: against golden answers; "
           "survive: the policy's sentences that stand in the text. All in %, over all policies.")
 DOUBT_FIGURES = {"win rate": "win", "net": "net", "survive": "kept", "unnamed worse": "worse", "garbled": "garbled"}
 

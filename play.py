@@ -19,9 +19,10 @@ import wordings
 from align import align
 from choose import Choice
 from objectives import Objective
-from report import ansi_diff, visible, word_diff
+from report import ansi_diff, in_common, visible, word_diff
 from writers import Writer
 
+MOST = 100  # letters of a wish that is compared with the known wordings
 ALIKE = 0.75, 0.8  # a wish this much like a known wording, without or with a word of its own, is judged as that one
 
 
@@ -34,7 +35,7 @@ def ask(what):
 
 def task_meant(text):
     """The number of the task that a number from 1 or any words mean, None where there is none near."""
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 10:
         return int(text) - 1 if 1 <= int(text) <= len(toy.TASKS) else None
     plain = {task.lower(): place for place, task in enumerate(toy.TASKS)}
     words = set(text.lower().replace("?", " ").split()) - {"a", "the", "i", "do", "how", "to", "can", "you"}
@@ -50,6 +51,8 @@ def understood(text):
     """A wish as an Objective, and the name by which the judge knows it (None: not at all), and what to say of that."""
     if name := wordings.meant(text):
         return Objective(name, text), name, ""
+    if len(text) > MOST:
+        return Objective(text, text), None, "longer than any known wording, so nobody can judge it"
     likeness, wording, name = wordings.nearest_wish(text)
     if likeness >= ALIKE["_" in name]:
         return Objective(name, text), name, f"judged as {wording!r}"
@@ -57,7 +60,7 @@ def understood(text):
 
 
 def verdicts(prompt, before, after, names):
-    """{name: "better", "worse" or "same", with "done" where it cannot be better} of an edit."""
+    """{name: "better", "worse" or "same", and whether it cannot be better} of an edit."""
     found = {}
     for name in names:
         old, new = (toy.score(name, prompt, text) for text in (before, after))
@@ -75,20 +78,17 @@ def show(prompt, before, after, wishes):
         print("".join(marks[op].format(visible(text)) for op, text in word_diff(before, after)))
     if before == after:
         print("(left as it was)")
-    known = {name: (objective, said) for objective, name, said in wishes if name}
-    for name, verdict in verdicts(prompt, before, after, known).items():
-        objective, said = known[name]
-        print(f"  asked      {objective.description}: {verdict}" + (f" ({said})" if said else ""))
+    known = [name for _, name, _ in wishes if name]
+    told = verdicts(prompt, before, after, known)
     for objective, name, said in wishes:
-        if name is None:
-            print(f"  asked      {objective.description}: {said}")
+        print(f"  asked      {objective.description}: {told.get(name, said)}" + (f" ({said})" if name and said else ""))
     moved = {name: verdict for name, verdict in verdicts(prompt, before, after, toy.NAMED).items()
              if name not in known and not verdict.startswith("same")}
     for name, verdict in moved.items():
         print(f"  not asked  {name}: {verdict}")
     print(f"  not asked  {'the other' if moved else 'all'} named objectives: same")
     old, new = toy.sentences_of(before), toy.sentences_of(after)
-    print(f"  kept       {measure.in_common(old, new)} of {len(old)} sentences, {len(new)} in all")
+    print(f"  kept       {in_common(old, new)} of {len(old)} sentences, {len(new)} in all")
 
 
 def play(run, policy, seed, best_of, device):
@@ -111,6 +111,8 @@ def play(run, policy, seed, best_of, device):
             item = {"index": turn, "prompt": prompt, "original": answer, "objectives": [wish[0] for wish in wishes]}
             edited = next(align(aligner, [item], None, max_new_tokens=256, seed=seed, choice=Choice(best_of)))
             show(prompt, answer, edited["aligned"], wishes)
+        if said is None:  # "quit"
+            return
         turn += 1
 
 
@@ -119,8 +121,8 @@ def main():
     add = parser.add_argument
     add("--run", default="runs/story", metavar="FOLDER", help="what `make train` has made (default runs/story)")
     add("--policy", default="verbose", choices=list(toy.POLICIES), help="who answers (default verbose)")
-    add("--seed", type=int, default=0, help="of the answers (default 0)")
-    add("--best-of", type=number(int, 1), default=8, metavar="N", help="of so many edits, the one asked for most is "
+    add("--seed", type=number(int, 0, 2**40), default=0, help="of the answers and the edits (default 0)")
+    add("--best-of", type=number(int, 1, 1000), default=8, metavar="N", help="of so many edits, the one asked for most is "
         "shown (default 8; 1: the likeliest)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()

@@ -31,6 +31,16 @@ def escape(text):
 # Word diffs
 
 
+def in_common(old, new):
+    """How many sentences of a list stand in another in the same order, at most."""
+    longest = [0] * (len(new) + 1)
+    for sentence in old:
+        before = list(longest)
+        for place, other in enumerate(new):
+            longest[place + 1] = before[place] + 1 if sentence == other else max(before[place + 1], longest[place])
+    return longest[-1]
+
+
 def word_diff(before, after):
     """[(op, text), ...] with op " " (kept), "-" (taken out) or "+" (put in), by words: the kept and taken-out texts
     joined are `before`, the kept and put-in ones `after`. Where more than 5,000 words and spaces lie between the
@@ -147,7 +157,7 @@ def table_text(results):
     lines = [line("", COLUMNS)]
     for policy, result in results.items():
         asked, others = objectives_and_others(result)
-        about = ", ".join(filter(None, [f"{result['rows']} answers", survived(result)]))
+        about = ", ".join(filter(None, [f"{result['rows']} edits", survived(result)]))
         lines.append(f"\n{policy} ({about})")
         lines += [line("  " + name, table_cells(figures)) for name, figures in asked.items()]
         lines += [line("  beside them: " + name, table_cells(figures)) for name, figures in others.items()]
@@ -388,7 +398,7 @@ def policy_section(policy, result, examples):
     words = result["words"]
     golden = "" if words["golden"] is None else f", golden answers {words['golden']:.0f}"
     lengths = f"mean words {change(words['original'], words['aligned'], 0)}{golden}"
-    about = "; ".join(filter(None, [f"{result['rows']} answers", survived(result), lengths, left_out(result)]))
+    about = "; ".join(filter(None, [f"{result['rows']} edits", survived(result), lengths, left_out(result)]))
     asked, others = ([(name, *table_cells(figures)) for name, figures in found.items()]
                      for found in objectives_and_others(result))
     parts = [f'<h2>{escape(policy)}</h2><p class="soft">{about}</p>',

@@ -295,7 +295,7 @@ def figure_table(groups, wanted):
 
     def cell(name, parts):
         values = [part.figures[name] for part in parts if name in part.figures]
-        if not values:
+        if len(values) < len(parts):
             return "-"
         value, interval = values[0] if len(values) == 1 else joined([value for value, _ in values])
         return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")

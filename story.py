@@ -5,8 +5,8 @@
     3. rated answers are reformulated            7. exact judges compare, and a report is written
     4. the aligner is trained in the paper's three steps, and in one more
 
-The aligner never sees a policy. Some wordings of objectives, some words, a verb and two combinations of verbs are kept
-from it (wordings.py says which), and what it does to objectives that nobody named is measured too (measure.py), beside
+The aligner never sees a policy. Some wordings of objectives, some words, a verb and two combinations of verbs are in
+none of its pairs (wordings.py says which, and where they are), and what it does to objectives that nobody named is measured too (measure.py), beside
 what nothing, a foundation that never saw the answer, and an edit towards something else would have done.
 """
 import itertools
@@ -179,8 +179,8 @@ def train_aligner(out, foundation, pairs, texts, seed, device, steps=STEPS, opti
             rows = train.METHODS[name].rows([pairs], training)
             random.Random(seed).shuffle(rows)
             enough = round(count * options.batch * (1 - options.replay * bool(texts)) * 1.02)  # of an epoch's steps
-            stages.append(train.prepare(name, rows[:enough], tokenizer, llama.config, training, texts,
-                                        options.replay))
+            again = list(itertools.islice(itertools.cycle(rows), enough))  # where there are too few of them
+            stages.append(train.prepare(name, again, tokenizer, llama.config, training, texts, options.replay))
         train.train(llama, tokenizer, stages, folder, training, resume=True, overwrite=True)
     last = out / ("supervised" if contrast else "aligner")
     fit(foundation, last, supervised, options.training(seed, lr=options.aligner_lr, warmup_data=0.5), texts[:2000])
@@ -307,7 +307,8 @@ def told_otherwise(options):
 def write_results(out, rows, results, edited, others, note):
     tables = {name: measure.figures([item for item in edited if item["policy"] == name]) for name in results}
     for name, result in results.items():
-        result["kept"] = tables[name]["all"]["kept"]
+        judged = [item for item in edited if item["policy"] == name and item["kind"] in JUDGED]
+        result["kept"] = measure.figures(judged)["all"]["kept"]
     print_table(results)
     means, lines, doubts = measure.figures(edited), measure.summary(edited), measure.doubts(others)
     print(f"\nWhat was asked for, and what was not: means over {len(tables)} policies\n{measure.table_text(means)}"

@@ -223,6 +223,8 @@ def score(name, prompt, text):
         raise unknown(name)
     verb, slots = parts
     sentences = sentences_of(text)
+    if verb in ("twice", "atleast"):
+        sentences = list(dict.fromkeys(sentences))  # said again, a sentence does not count again
     if verb in ("atmost", "atleast"):
         return int(VERBS[verb](sentences, int(slots[0])))
     return int(VERBS[verb](*([mentions(sentence, word) for sentence in sentences] for word in slots)))
@@ -341,10 +343,10 @@ ASKED = {"mention": 8, "avoid": 6, "begin": 2, "end": 2, "atmost": 1, "atleast":
 
 
 def wishes(rng, verbs, words, made_up):
-    """Names of what a rater looks for beside the named objectives: one or two, never those that a held-out combination
+    """Names of what a rater looks for beside the named objectives: one or two, never what a held-out combination
     joins. And the digressions that could be said to them."""
     chosen = rng.choices(list(verbs), list(verbs.values()), k=rng.choice((1, 1, 2)))
-    if any(set(joined) <= set(chosen) for joined in wordings.COMBINATIONS.values()) or len(set(chosen)) < len(chosen):
+    if wordings.combined(chosen) or len(set(chosen)) < len(chosen):
         chosen = chosen[:1]
     names, digressions = [], []
     for verb in chosen:
@@ -460,7 +462,8 @@ def brief_text(rng, made_up):
         sentences = first + sentences + last
     length = len(sentences)
     word = any_word(rng, made_up=made_up)
-    if rng.random() < 0.15 and not mentions(" ".join(sentences), word):
+    combined = wordings.combined(["avoid", *(wordings.parts(name)[0] for name in names)])
+    if rng.random() < 0.15 and not combined and not mentions(" ".join(sentences), word):
         names.append(f"avoid_{word}")
     if rng.random() < 0.1 and length > 1:
         names.append(rng.choice([f"atmost_{min(length + rng.randint(0, 2), 12)}", f"atleast_{length}"]))

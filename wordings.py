@@ -4,12 +4,16 @@ Two families. NAMED: nine objectives with names like the paper's (harmless, help
 asked about words X and Y, or a number of sentences N: mention X, avoid X, begin with X, X before Y, ... Their names are
 verb_X, verb_X_Y or verb_N: "mention_owls", "before_owls_kites", "atmost_5".
 
-What the aligner has not been trained on, and where it stands instead (tests/test_wordings.py holds this):
+What no pair of the aligner's asks for, and where it stands instead (tests/test_wordings.py holds this):
 
     wordings       those after "||" below: in pretraining texts only, in no pair
     words          HELD_OUT_WORDS: in no text at all
     verbs          HELD_OUT_VERBS: in pretraining texts only, in no pair
-    combinations   COMBINATIONS of verbs that are trained apart: in no text at all, and never together in a prompt
+    combinations   COMBINATIONS of verbs that are trained apart: in no text at all, and in no prompt side by side, also
+                   not as parts of other verbs
+
+While it learns from pairs, it reads some of the pretraining texts again (story.py): what stands in these it goes on
+reading, and is never asked for.
 """
 import difflib
 import random
@@ -115,11 +119,19 @@ VERBS = {
         first and Y last | X at the beginning and Y at the end.""",
 }
 COMBINATIONS = {"butnot": ("mention", "avoid"), "beginend": ("begin", "end")}  # verb -> the verbs that it joins
+PARTS = {"twice": ("mention",), "before": ("mention",), "both": ("mention",), "beginboth": ("begin", "mention"),
+         "endwithout": ("end", "avoid")}  # verb -> those that it asks for in other words
 HELD_OUT_VERBS = ("twice",)
 TRAINED_VERBS = tuple(verb for verb in VERBS if verb not in (*COMBINATIONS, *HELD_OUT_VERBS))
 BARE = ("{}", "please {}", "{}, please", "{} please")
 FRAMES = ("The response should {}", "The answer should {}", "it should {}", "make sure to {}", "try to {}",
           "could you please {}?", "could you {}?", "I want you to {}", "you should {}")
+
+
+def combined(verbs):
+    """Whether some verbs side by side ask for what a held-out combination joins."""
+    apart = {part for verb in verbs for part in PARTS.get(verb, (verb,))}
+    return any(apart.issuperset(joined) for joined in COMBINATIONS.values())
 
 
 def split_wordings(text):
@@ -267,8 +279,9 @@ def meant(text):
     text = without_frame(text)
     for expression, key in patterns():
         if match := expression.fullmatch(text):
-            slots = [text for _, text in sorted(match.groupdict().items())]
-            name = "_".join([key, *(str(NUMBERS.index(text) + 2) if text in NUMBERS else text for text in slots)])
+            slots = [str(NUMBERS.index(said) + 2) if slot == "N" and said in NUMBERS else said
+                     for slot, said in sorted(match.groupdict().items())]
+            name = "_".join([key, *slots])
             return name if parts(name) else None
     return None
 

@@ -110,7 +110,7 @@ def answers_of(policy, items, max_new_tokens=1024, temperature=0.0, batch=32, se
             return policy.complete(item["prompt"], max_new_tokens, temperature, seed=seed) or ""
         except TooLong:
             return None
-    yield from enumerate(in_parallel(ask, items, 8))
+    yield from enumerate(in_parallel(ask, items, min(batch, 8)))
 
 
 def written_answers(writer, items, max_new_tokens, temperature, batch, seed):

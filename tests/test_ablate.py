@@ -13,6 +13,7 @@ import story
 import toy
 import train
 import wordings
+from common import digest
 from conftest import refused, run
 from model import Config, Llama
 
@@ -94,7 +95,7 @@ def scripted(monkeypatch):
     def use(function):
         calls = []
 
-        def edit(aligner, items, seed):
+        def edit(aligner, items, seed, **sampling):
             calls.append(items)
             return [{**item, "aligned": function(item, item["original"])} for item in items]
         monkeypatch.setattr(story, "edit", edit)
@@ -126,13 +127,13 @@ def test_asked_for_more_at_once_and_again_and_again(scripted):
     calls = scripted(first_open)
     found = ablate.rounds_and_numbers(None, 0, 6)
     numbers = sorted({len(items[0]["names"]) for items in calls})
-    assert list(found) == [*(f"{number} asked" for number in numbers), "round 1", "round 2", "round 3"]
+    assert list(found) == [*(f"{number} asked" for number in numbers), "round 2", "round 3"]
     first = {len(items[0]["names"]): items for items in reversed(calls)}
     for number in numbers:
         net = found[f"{number} asked"]["all"]["net"]["mean"]
         assert net == pytest.approx(share(first[number], lambda room: min(room, 1))), number
     assert found["1 asked"]["all"]["net"]["mean"] == 100 and numbers[-1] == len(toy.NAMED)
-    for turn in (1, 2, 3):  # a round grants one wish more, and is measured against the policies' own answers
+    for turn in (2, 3):  # a round grants one wish more, and is measured against the policies' own answers
         net = found[f"round {turn}"]["all"]["net"]["mean"]
         assert net == pytest.approx(share(first[9], lambda room, turn=turn: min(room, turn))), turn
     assert [cell["mean"] for table in found.values() for cell in [table["all"]["garbled"]]] == [0] * len(found)
@@ -201,7 +202,7 @@ def untrained(monkeypatch):
                         done["trained"].append((words[0].name, words[-2], (words[-1].optimizer, words[-1].lr))))
     monkeypatch.setattr(ablate, "Writer", lambda folder, device: folder)
 
-    def edit(aligner, items, seed):
+    def edit(aligner, items, seed, **sampling):
         done["edited"].append(len(items))
         return [{**item, "aligned": f"{item['original']} {JOKE}"} for item in items]
     monkeypatch.setattr(story, "edit", edit)
@@ -220,11 +221,14 @@ def test_a_variant_is_measured_once_by_the_same_code_on_the_same_questions(untra
     words, edits = rows("words")  # the recipe again: the same aligner, the same figures
     assert edits == 0 and words == [{**row, "figure": "words"} for row in first]
     others, edits = rows("rounds")
-    assert edits > 1 and {row["at"] for row in others} >= {"round 1", "9 asked"} and rows()[1] == 0
+    assert edits > 1 and {row["at"] for row in others} >= {"round 2", "9 asked"} and rows("rounds")[1] == 0
+    several, edits = rows("several")
+    assert edits == 3 and {row["at"] for row in several} == {"", "best of 2", "best of 8"} and rows()[1] == 0
     assert rows(seed=1)[1] == rows(name="no equal")[1] == 1
     fewer, edits = rows(count=1)
     assert edits == 1 and fewer != first and rows(count=1) == (fewer, 0)
     monkeypatch.setattr(ablate, "code_of", lambda script: {script: "edited"})
+    fewer = [{**row, "code": digest({"ablate": "edited"})} for row in fewer]
     assert rows(count=1) == (fewer, 1) and rows(count=1) == (fewer, 0)
     folder = tmp_path / f"{ablate.plain(ablate.RECIPE)}-0"
     assert resume.read_run(folder)["ended"] and {path.name for path in folder.glob("*.json")} >= {"rounds.json"}
@@ -272,6 +276,20 @@ def test_the_command_writes_the_rows_and_a_page(untrained, tmp_path, monkeypatch
     assert [json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")] == rows
 
 
+def test_a_call_leaves_the_rows_of_others_and_tells_those_that_belong_together(untrained, tmp_path, monkeypatch, capsys):
+    def call(figure, questions):
+        words = ["--out", tmp_path, "--figures", figure, "--seeds", 0, "--questions", questions, "--device", "cpu"]
+        assert run(ablate, monkeypatch, words) == 0
+        rows = [json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")]
+        told = [line for line in capsys.readouterr().out.splitlines() if line in ablate.FIGURES]
+        return {(row["figure"], row["questions"]) for row in rows}, told
+    assert call("rounds", 1) == ({("rounds", 1)}, ["rounds"])
+    assert call("unseen", 1) == ({("rounds", 1), ("unseen", 1)}, ["rounds", "unseen"])
+    assert call("unseen", 2) == ({("rounds", 1), ("unseen", 1), ("unseen", 2)}, ["unseen"])
+    monkeypatch.setattr(ablate, "code_of", lambda script: {script: "edited"})
+    assert call("unseen", 1) == ({("rounds", 1), ("unseen", 1), ("unseen", 2)}, ["unseen"])
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -300,12 +318,12 @@ def row(seed, mean, variant=ablate.RECIPE, at="", kind="all nine", measured="net
 
 def test_rows_are_gathered_by_figure_variant_and_line():
     rows = [row(0, 10), row(1, 30), row(0, 50, measured="worse"), row(0, 3, measured="garbled"),
-            row(0, -5, "other", "3"), row(0, 7, figure="pairs"),
+            row(0, -5, "other", "3"), row(0, 7, figure="pairs"), row(0, 51, kind="unseen", measured="worse"),
             row(0, 8, figure="pairs", kind="summary", measured="net, words")]
     assert ablate.gathered(rows) == {
         "steps": {ablate.RECIPE: {"net, all nine": {0: {"mean": 10, "interval": None},
                                                     1: {"mean": 30, "interval": None}},
-                                  "worse, all nine": {0: {"mean": 50, "interval": None}}},
+                                  "worse": {0: {"mean": 50, "interval": None}}},
                   "other 3": {"net, all nine": {0: {"mean": -5, "interval": None}}}},
         "pairs": {ablate.RECIPE: {"net, words": {0: {"mean": 8, "interval": None}}}}}  # a summary is all that is told
 
@@ -330,13 +348,14 @@ def test_the_report_tells_means_intervals_and_differences(tmp_path):
     text = ablate.report(tmp_path, rows)
     half = ablate.over_seeds([10, 30])[1]
     assert text.splitlines()[:-1] == [
-        "steps", f"  {ablate.RECIPE}: net, all +20.0 ±{half:.1f} (±2.5)", "  other 3: net, all -5.0",
-        "  a <b>: worse, all +2.2", "  less: net, all +20.0", "  other 3, less the recipe: net, all -15.0",
-        "  a <b>, less the recipe: ", "  less, less the recipe: net, all -10.0", "size", "  other: net, all +50.0"]
+        "steps", f"  {ablate.RECIPE}: net, all +20.0 ±{half:.1f} (±2.5)", "  other 3 (1 of 2 seeds): net, all -5.0",
+        "  a <b> (1 of 2 seeds): worse +2.2", "  less (1 of 2 seeds): net, all +20.0",
+        "  other 3 (1 of 2 seeds), less the recipe: net, all -15.0", "  a <b> (1 of 2 seeds), less the recipe: ",
+        "  less (1 of 2 seeds), less the recipe: net, all -10.0", "size", "  other: net, all +50.0"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     cells = [re.sub("<.*?>", "|", line) for line in re.findall(r"<tr>(<td.*?)</tr>", page)]
-    assert cells[:3] == [f"|{ablate.RECIPE}||+20.0 ±{half:.1f} (±2.5)||-|", "|other 3||-5.0||-|",
-                         "|a &lt;b&gt;||-||+2.2|"]
-    assert "|less, less the recipe||-10.0||-|" in cells and ablate.told(None) == "-"
+    assert cells[:3] == [f"|{ablate.RECIPE}||+20.0 ±{half:.1f} (±2.5)||-|", "|other 3 (1 of 2 seeds)||-5.0||-|",
+                         "|a &lt;b&gt; (1 of 2 seeds)||-||+2.2|"]
+    assert "|less (1 of 2 seeds), less the recipe||-10.0||-|" in cells and ablate.told(None) == "-"
     assert [ablate.told(value) for value in ((1.25, None, None), (-1, 0.5, None), (0, 0.5, 2))] == [
         "+1.2", "-1.0 ±0.5", "+0.0 ±0.5 (±2.0)"]

@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def logprob(writer, item, objectives, ids):
 
 
 def edited(writer, items, choice, **more):
-    options = {"max_new_tokens": 10, "batch": 4, "seed": 3, **more}
+    options = {"max_new_tokens": 120, "batch": 4, "seed": 3, **more}
     return {row["index"]: row["aligned"] for row in align.align(writer, items, None, choice=choice, **options)}
 
 
@@ -75,10 +76,11 @@ def found_by(writer, items, count, **more):
     return kept
 
 
-@pytest.mark.parametrize("guidance, edit_cost", [(0.0, 0.0), (0.5, 0.0), (2.0, 0.3), (30.0, 0.0)])
+@pytest.mark.parametrize("guidance, edit_cost", [(0.0, 0.0), (0.5, 0.0), (0.5, 8.0), (30.0, 0.0)])
 def test_what_is_chosen_is_worth_most(writer, items, guidance, edit_cost):
     """By whole texts through the model; the objectives' prompt against one that names none."""
-    chosen = edited(writer, items, Choice(4, guidance, edit_cost))
+    chosen, compared = edited(writer, items, Choice(4, guidance, edit_cost)), 0
+    assert (chosen != edited(writer, items, Choice(4, guidance, 0))) == (edit_cost > 0)
     for item, found in zip(items, found_by(writer, items, 4)):
         assert 2 <= len(found) <= 5 and item["original"] in found
         worth = {}
@@ -88,7 +90,9 @@ def test_what_is_chosen_is_worth_most(writer, items, guidance, edit_cost):
             sentences = len(set(old) ^ set(new)) if text != item["original"] else 0
             worth[text] = given + guidance * (given - free) - edit_cost * sentences
         if len(set(old)) == len(old):
+            compared += 1
             assert worth[chosen[item["index"]]] == pytest.approx(max(worth.values()), abs=1e-2)
+    assert compared > 4
 
 
 def test_the_first_candidate_is_the_likeliest_edit_and_the_last_the_answer(writer, items):
@@ -104,10 +108,37 @@ def test_the_first_candidate_is_the_likeliest_edit_and_the_last_the_answer(write
 
 
 def test_an_edit_that_comes_to_no_end_is_not_taken(writer, items):
-    short = [list(texts.values())[:-1] for texts in found_by(writer, items, 6, max_new_tokens=2)]
+    brief = [{**item, "original": "No."} for item in items]
+    short = [list(texts.values())[:-1] for texts in found_by(writer, brief, 2, max_new_tokens=4)]
     assert not all(short) and any(short)
     for ids in sum(short, []):
-        assert len(ids) <= 2 and ids[-1] in writer.llama.config.stop_ids
+        assert len(ids) <= 4 and ids[-1] in writer.llama.config.stop_ids
+
+
+def test_an_answer_that_no_edit_could_be_as_long_as_is_left_as_it_is(writer, items):
+    length = max(len(list(found.values())[-1]) for found in found_by(writer, items, 2))  # of the longest answer
+    for most in (length - 1, length):
+        rows = {row["index"]: row for row in align.align(writer, items, None, choice=Choice(3, 0.5, 0), seed=3,
+                                                         max_new_tokens=most)}
+        left = [row for row in rows.values() if row.get("left_as_is")]
+        assert len(left) == length - most and all(row["aligned"] == row["original"] for row in left)
+
+
+def test_an_answer_is_scored_as_an_edit_that_says_the_same(writer, items):
+    """After a space where edits begin with one: " A" and "A" are other tokens."""
+    kinds = Counter()
+    for item, found in zip(items, found_by(writer, items, 2)):
+        *edits, answer = [writer.tokenizer.decode(ids[:-1]) for ids in found.values()]
+        spaced = any(text.startswith(" ") for text in edits)
+        assert answer == " " * spaced + item["original"]
+        kinds[spaced] += 1
+    assert kinds[True] and kinds[False]
+
+
+def test_what_stands_around_an_answer_that_is_kept_stays(writer, items):
+    padded = [{**item, "original": f"  {item['original']}\n"} for item in items]
+    dear = edited(writer, padded, Choice(4, 0.5, 1000))
+    assert dear == {item["index"]: item["original"] for item in padded}
 
 
 def test_a_text_is_drawn_by_its_own_seed_and_not_by_its_neighbours(writer, items):
@@ -128,10 +159,14 @@ def test_one_edit_is_the_one_that_is_written_without_a_choice(writer, items):
 
 
 def test_rounds_choose_anew_among_edits_of_the_last_one(writer, items):
-    first = edited(writer, items, Choice(3, 2, 0))
-    second = edited(writer, items, Choice(3, 2, 0), rounds=2)
+    first, seen, write = edited(writer, items, Choice(3, 2, 0)), [], choose.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "write", lambda *words, **named: seen.append(words[2]) or write(*words, **named))
+        second = edited(writer, items, Choice(3, 2, 0), rounds=2)
+    assert seen == [[item["original"] for item in items], [first[item["index"]] for item in items]]
+    assert second != first
     again = edited(writer, [{**item, "original": first[item["index"]]} for item in items], Choice(3, 0, 1000))
-    assert again == first and second.keys() == first.keys()
+    assert again == first
 
 
 def test_document_logprobs_are_those_of_each_text_alone(writer):
@@ -153,7 +188,10 @@ def test_changed_counts_what_is_taken_out_and_what_is_put_in():
     assert choose.changed(text, "Boil water. Is it dark? Wait") == 1
     assert choose.changed(text, f"{text}. Smile.") == 3  # "Wait" is "Wait." now
     assert choose.changed(text, "Add the tea! Boil water. Is it dark? Wait") == 2
-    assert choose.changed("", "A. B.") == 3 and choose.changed("A. B.", "") == 3
+    assert choose.changed("", "A. B.") == 2 and choose.changed("A. B.", "") == 2
+    assert choose.changed("a. b. c. d. e.", "d. e. a. x. b. y. c.") == 6  # a, b, c stay
+    assert choose.changed("- salt\n- oil\n- rice", "- salt\n- rice") == 1
+    assert choose.changed("一。二。三。四。", "一。四。") == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def smallest(name, before, pool):
     """(how many sentences, the edit) of the smallest edit to an objective's best, found by trying all: taking out any
     sentence, or putting in one of the pool anywhere."""
     level, seen, count = {tuple(toy.sentences_of(before)) if before else ()}, set(), 0
-    while True:
+    while count < 9:
         for sentences in sorted(level):
             if toy.score(name, TEA, text(*sentences)) == toy.best(name):
                 return count, text(*sentences)
@@ -45,9 +45,9 @@ def smallest(name, before, pool):
 def verb_case(rng, verb):
     """(name, answers' sentences, what is needed to put in) of a wish."""
     if verb in ("atmost", "atleast"):
-        return f"{verb}_{rng.randint(2, 5)}", [*STEPS[:3], OWLS], [JOKE]
+        return f"{verb}_{rng.randint(2, 4)}", [*STEPS[:3], OWLS], [JOKE, BOAST, KITES]
     words = ["owls", "kites"] if "Y" in wordings.VERBS[verb] else ["owls"]
-    pool = [toy.DIGRESSIONS[2].replace("X", word) for word in words]
+    pool = [toy.DIGRESSIONS[2].replace("X", word) for word in words] + [MORE_OWLS] * (verb == "twice")
     return "_".join([verb, *words]), [OWLS, MORE_OWLS, KITES, MORE_KITES, *STEPS[:2]], pool
 
 
@@ -82,8 +82,9 @@ def test_no_smaller_edit_does_what_was_asked(key, case):
 
 @pytest.mark.parametrize("name, before", [
     ("harmless", text(*2 * toy.SENTENCES["insult"][:1], STEPS[0])), ("truthful", text(WRONG, STEPS[0], WRONG)),
-    ("humour", text(STEPS[0], STEPS[0])), ("avoid_owls", text(OWLS, STEPS[0], OWLS)), ("twice_owls", text(OWLS, OWLS))])
-def test_a_sentence_said_twice_is_taken_out_twice(name, before):
+    ("humour", text(STEPS[0], STEPS[0])), ("avoid_owls", text(OWLS, STEPS[0], OWLS)), ("twice_owls", text(OWLS, OWLS)),
+    ("atleast_3", text(OWLS, OWLS, JOKE)), ("atmost_2", text(OWLS, OWLS, JOKE))])
+def test_a_sentence_said_twice_is_taken_out_twice_and_counts_once_where_more_is_wanted(name, before):
     assert_smallest(name, before, [JOKE, MORE_OWLS])
 
 
@@ -409,6 +410,15 @@ def test_only_what_an_answer_mentions_is_to_be_avoided(items):
     for item in items:
         digresses = any(toy.DIGRESSION.fullmatch(sentence) for sentence in toy.sentences_of(item["original"]))
         assert digresses == ((item["prompt"], item["original"]) in told)
+
+
+def test_both_halves_of_a_combination_are_to_be_done(items):
+    found = [(wordings.parts(item["names"][0]), item) for item in items
+             if item["kind"] == "combinations never read" or item["names"][0].startswith("endwithout")]
+    assert {verb for (verb, _), _ in found} == {"butnot", "beginend", "endwithout"}
+    for (verb, (first, second)), item in found:
+        assert not toy.mentions(item["original"], first) and first in wordings.TRAINED_WORDS
+        assert toy.mentions(item["original"], second) == (verb != "beginend") and second in wordings.TRAINED_WORDS
 
 
 def test_wishes_are_not_granted_yet_but_by_chance(items):

@@ -147,7 +147,7 @@ def test_half_surrogates_do_not_stop_a_table(capsys):
     print_table({"policy \udcff": evaluate(rows, None, exact_judge(score), progress=False)})
     shown = capsys.readouterr().out
     shown.encode("utf-8")
-    assert "policy ? (2 answers)" in shown and re.search(r"odd \? +2 +50.0 -> 100.0", shown)
+    assert "policy ? (2 edits)" in shown and re.search(r"odd \? +2 +50.0 -> 100.0", shown)
 
 
 def test_a_line_chart_stands_where_its_figures_are():
@@ -181,7 +181,7 @@ def test_what_was_asked_is_said_and_what_nobody_asked_stands_apart(tmp_path):
     assert set(result["objectives"]) == {"high", "intact"}
     result["kept"] = {"mean": 73.6}
     lines = table_text({"policy": result}).splitlines()
-    assert "policy (3 answers, 74 % of their sentences survive)" in lines
+    assert "policy (3 edits, 74 % of their sentences survive)" in lines
     assert any(line.startswith("  beside them: intact") for line in lines)
     write_report(tmp_path / "r.html", {"p": result, "q": result}, {"p": pick_examples(rows, result)}, "t")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
