@@ -31,8 +31,10 @@ setup: .venv/.installed  ## make .venv and install requirements.txt into it
 train: setup  ## the whole story on the embedded world, QUICK=1: everything once, in a minute; or an aligner on real data:
 train: ## MODEL= DATA=, with options for train.py and for the pairs: ARGS="--lr 1e-4" PAIRING="--dominance"
 ifeq ($(MODEL),)
+	$(if $(DATA),$(error DATA= is for an aligner on real data; give MODEL=FOLDER, which it begins with, too))
 	$(PY) story.py --out $(OUT) --seed $(SEED) $(if $(QUICK),--quick) $(ARGS)
 else
+	$(if $(filter file,$(origin OUT)),$(error give OUT=FOLDER too; by default it is the story's))
 	$(if $(QUICK),$(error QUICK=1 is the story's, on the embedded world; leave it or MODEL= out))
 	$(PY) data.py reformulate $(DATA) --out $(OUT)/pairs.jsonl --seed $(SEED) \
 	    $(if $(OBJECTIVES),--objectives $(OBJECTIVES)) $(PAIRING)
@@ -56,8 +58,8 @@ align: setup  ## edit the answers in DATA= with the aligner in MODEL= towards OB
 	$(PY) align.py --model $(or $(MODEL),$(OUT)/aligner) --data $(DATA) \
 	    --objectives $(or $(OBJECTIVES),harmless helpful) $(if $(POLICY),--policy $(POLICY)) --out $(OUT)/aligned.jsonl --seed $(SEED) $(ARGS)
 
-eval: setup  ## judge OUT=/aligned.jsonl (or DATA=); JUDGE= "--judge-url URL --judge-model NAME" on real data
-	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT) $(JUDGE) $(ARGS)
+eval: setup  ## judge OUT=/aligned.jsonl (or DATA=) into OUT=/eval; JUDGE= "--judge-url URL --judge-model NAME" on real data
+	$(PY) eval.py $(or $(DATA),$(OUT)/aligned.jsonl) --out $(OUT)/eval $(JUDGE) $(ARGS)
 
 runs: setup  ## runs side by side: options, losses, figures; RUNS="runs/a runs/b" (or python runs.py --help)
 	$(PY) runs.py $(or $(RUNS),$(OUT)) $(ARGS)

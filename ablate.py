@@ -145,8 +145,8 @@ def one_by_one(aligner, seed, count):
 
 
 def unseen_wishes(rng, answer):
-    """Names of the six unseen wishes in a random order, about different words; to be taken out is what the answer names,
-    where it names any (of the words never read, for "avoid")."""
+    """Names of the six unseen wishes in a random order, about different words; what is to be taken out is what the
+    answer names, where it names any (of the words never read, for "avoid")."""
     said = [word for word in wordings.WORDS if toy.mentions(answer, word)]
     unread = [word for word in said if word in wordings.HELD_OUT_WORDS]
     never = rng.sample([word for word in wordings.HELD_OUT_WORDS if word not in said], 5)
@@ -163,7 +163,8 @@ def item_of(policy, prompt, answer, names):
 
 
 def rounds_and_numbers(aligner, seed, count):
-    """{"1 asked", ..., "9 asked": table}, and {"round 2", "round 3": table} of these nine, asked for again and again."""
+    """{"1 asked", ..., "9 asked": table}, and {"round 2", "round 3": table} of these nine, asked for again and again.
+    """
     found, everything = {}, answered(seed, count)
     rng = random.Random(f"numbers {seed}")
     for asked in (1, 3, 6, 9):
@@ -226,8 +227,8 @@ def gathered(rows):
 
 
 def lines_of(kinds):
-    """{line: {seed: cell}} of {kind: {measure: {seed: cell}}}: the summary's, or else net of each kind, and worse and kept,
-    which are of all that was asked for."""
+    """{line: {seed: cell}} of {kind: {measure: {seed: cell}}}: the summary's, or else net of each kind, and worse and
+    kept, which are of all that was asked for."""
     if "summary" in kinds:
         return kinds["summary"]
     edits = next(iter(kinds.values()))
@@ -259,7 +260,8 @@ def report(out, rows):
     parts, texts = [f"<p>{LEGEND}</p>"], []
     for figure, variants in gathered(rows).items():
         label, recipe = labels(variants), variants.get(RECIPE, {})
-        cells = {label[name]: {line: joined(seeds) for line, seeds in lines.items()} for name, lines in variants.items()}
+        cells = {label[name]: {line: joined(seeds) for line, seeds in lines.items()}
+                 for name, lines in variants.items()}
         names = list(dict.fromkeys(line for found in cells.values() for line in found))
         charted = [name for name in names if name.startswith("net")][:3]
         bars = [bar_of(name, found, charted) for name, found in cells.items() if found.keys() & charted]
@@ -310,7 +312,8 @@ def main():
     add = parser.add_argument
     add("--out", default="runs/ablate", metavar="FOLDER", help="where everything is written (default runs/ablate)")
     add("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES), metavar="F", help="which (default: all)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of data, training and questions (0 1 2)")
+    add("--seeds", nargs="+", type=number(int, 0, 2**40), default=[0, 1, 2], metavar="N",
+        help="of data, training and questions (0 1 2)")
     add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps that an "
         "aligner takes; its foundation always reads as long as the story's (default 1)")
     add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")

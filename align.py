@@ -144,7 +144,7 @@ def arguments(argv=None):
     else:
         refuse_given(parser, args, ["model_name"], "is an aligner's behind a server; give --model URL")
     if args.interactive:
-        refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "goes without --interactive")
+        refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "is not for --interactive")
     elif args.shard and args.out.endswith(".csv"):
         parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
     if (args.best_of or 1) == 1:

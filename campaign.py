@@ -579,7 +579,7 @@ def main():
     add("--out", default="runs/campaign", metavar="FOLDER", help="where campaign.json goes (default %(default)s)")
     add("--only", nargs="+", default=[], metavar="NAME", help="PART, PART/SUBJECT or PART/SUBJECT/TRIAL (default: all)")
     add("--minutes", type=common.number(float, 0, 1e4), default=12.0, help="for all parts together (default 12)")
-    add("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    add("--seed", type=common.number(int, 0, 2**40), default=0, help="of all that is drawn (default 0)")
     args = parser.parse_args()
     known = [part.__name__ for part in PARTS]
     if unknown := [name for name in args.only if name.split("/")[0] not in known]:

@@ -103,8 +103,8 @@ def template_in(folder):
 
 
 def fingerprint(folder, how="auto"):
-    """A checksum (text) of the chat template that a model in a folder is asked by, and of what ends an answer to it; None:
-    none."""
+    """A checksum (text) of the chat template that a model in a folder is asked by, and of what ends an answer there;
+    None where there is no template."""
     source = find(folder, how)
     return source and digest(source.digest, read_object(source.folder / "generation_config.json").get("eos_token_id"))
 

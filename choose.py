@@ -31,8 +31,8 @@ TEMPERATURE = 0.7  # of the edits that are drawn, where none is given
 @dataclass
 class Choice:
     """How one of several edits is chosen (choose.py)."""
-    best_of: int = option(1, "write so many edits of each answer, the first as always and the others at a temperature of "
-                          f"{TEMPERATURE} where none is given, and take the one that was asked for", 1, 1000)
+    best_of: int = option(1, "write so many edits of each answer, and take the one that was asked for; but for the "
+                          f"first, they are drawn at a temperature of {TEMPERATURE}, where none is given", 1, 1000)
     guidance: float = option(0.5, "with --best-of: how much it counts that an edit is likelier for what is asked than "
                              "where nothing is", 0, 1000)
     edit_cost: float = option(1.0, "with --best-of: what a sentence taken out or put in costs, in nats", 0, 1000)

@@ -26,7 +26,6 @@ from pathlib import Path
 from common import announce, cli, code_of, make_parser, number, write_jsonl
 
 import files
-import measure
 import rivals
 import toy
 from ablate import plain

@@ -352,7 +352,8 @@ def main():
         help="where eval.json, report.html and judge-cache.jsonl go (default: %(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="judge only the first N rows of each file")
     add("--concurrency", type=number(int, 1), default=8, metavar="N", help="questions at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the order shown and of the bootstrap (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**60), default=0, help="of the order shown and of the bootstrap "
+        "(default: %(default)s)")
     args = parser.parse_args()
     if bool(args.judge_url) != bool(args.judge_model):
         parser.error("--judge-url and --judge-model go together")

@@ -115,6 +115,8 @@ OURS = "prompt,original,aligned,objectives,golden"  # the header of what align.p
 
 
 def csv_records(path):
+    if not Path(path).is_file():
+        raise UserError(f"{path}: CSV cannot be read from a pipe; give a file, or JSON Lines")
     csv.field_size_limit(sys.maxsize)  # by default, an answer of more than 131,072 characters is refused
     there = os.stat(path)
     escape = "\\" if escapes_backslashes(path, there.st_ino, there.st_size, there.st_mtime_ns) else None

@@ -184,7 +184,7 @@ def card(folder, llama, about, template=False):
     was trained behind its chat template."""
     config, base, method = llama.config, about.get("base"), about.get("method", [])
     adapter, scorer = bool(llama.adapter) and not about.get("options", {}).get("merge"), bool(config.num_labels)
-    edits = bool({"identity", "partner", "equal", "better"} & {*method})
+    edits = bool({"identity", "partner", "equal", "better", "contrast"} & {*method})
     kind = "text-classification" if scorer else "text-generation"
     head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {kind}",
             *[f"base_model: {name}" for name in [hub_name(base)] if name],

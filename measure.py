@@ -248,8 +248,9 @@ def html(table):
 
 DOUBTED = ("all nine", "one of the nine")  # the kinds of requests for which there are baselines
 DOUBTS = ("Beside the edits: doing nothing; a foundation that is told question and objectives, but never saw the "
-          "answer, its likeliest text; and edits towards another of the nine than they are judged on. Win rate: against golden answers; "
-          "survive: the policy's sentences that stand in the text. All in %, over all policies.")
+          "answer, its likeliest text; and edits towards another of the nine than they are judged on. Win rate: "
+          "against golden answers; survive: the policy's sentences that stand in the text. All in %, over all "
+          "policies.")
 DOUBT_FIGURES = {"win rate": "win", "net": "net", "survive": "kept", "unnamed worse": "worse", "garbled": "garbled"}
 
 

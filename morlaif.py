@@ -13,7 +13,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from common import announce, cli, code_of, make_parser, write_jsonl
+from common import announce, cli, code_of, make_parser, number, write_jsonl
 
 import numpy
 import torch
@@ -388,7 +388,7 @@ def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", default="runs/morlaif", metavar="FOLDER", help="where everything is written (default runs/morlaif)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    add("--seeds", type=number(int, 0, 2**40), nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
     add("--quick", action="store_true", help="one seed, and PPO with two scalarizations instead of seven")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     return parser.parse_args(argv)

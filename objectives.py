@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
-from files import read_json, shorten, shown
+from files import kind, read_json, shorten, shown
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,18 @@ def read_objectives(path):
         content = [{"name": name, "description": texts} for name, texts in content.items()]
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise UserError(f'{path}: not objectives; write {{"name": "description", ...}} into it')
-    return [make_objective(item.get("name"), item.get("description"), f"{path}: objective {place}")
-            for place, item in enumerate(content, 1)]
+    return [objective_of(item, f"{path}: objective {place}") for place, item in enumerate(content, 1)]
+
+
+def objective_of(item, where):
+    """The Objective of {"name", "description": a text or a list of texts, "wordings": more of them}."""
+    if unknown := item.keys() - {"name", "description", "wordings"}:
+        raise UserError(f"{where}: has {shorten(sorted(unknown))}; an objective has name, description and wordings")
+    description, more = item.get("description"), item.get("wordings", [])
+    if not isinstance(more, list):
+        raise UserError(f"{where}: 'wordings' is {kind(more)}; give a list of texts")
+    texts = description if isinstance(description, list) else [description]
+    return make_objective(item.get("name"), [*texts, *more] if more else description, where)
 
 
 def nearest(name, known):

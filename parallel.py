@@ -47,7 +47,7 @@ def processes(device):
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent if rank() else sys.stderr):
             yield place
         dist.destroy_process_group()
-        time.sleep(0.5)  # gloo's threads let go of tensors; where Python ends before them, that aborts (PyTorch #179291)
+        time.sleep(0.5)  # gloo's threads let go of tensors; where Python ends before, that aborts (PyTorch #179291)
     except BaseException as error:
         left = isinstance(error, RuntimeError) and re.search("gloo|NCCL|onnection (closed|reset)", str(error))
         if int(os.environ["RANK"]) > (1 if left else 0):  # the first two speak of another's end: it may be the other

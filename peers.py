@@ -201,4 +201,6 @@ def run_job(jobs, kind, folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in JOBS:
+        sys.exit("error: peers.py: is started by bench.py; see `python bench.py --help`")
     run_job(JOBS, *sys.argv[1:])

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from common import UserError, cli, make_parser, note, number
 
-import measure
 import story
 import toy
 import wordings
@@ -122,8 +121,8 @@ def main():
     add("--run", default="runs/story", metavar="FOLDER", help="what `make train` has made (default runs/story)")
     add("--policy", default="verbose", choices=list(toy.POLICIES), help="who answers (default verbose)")
     add("--seed", type=number(int, 0, 2**40), default=0, help="of the answers and the edits (default 0)")
-    add("--best-of", type=number(int, 1, 1000), default=8, metavar="N", help="of so many edits, the one asked for most is "
-        "shown (default 8; 1: the likeliest)")
+    add("--best-of", type=number(int, 1, 1000), default=8, metavar="N", help="of so many edits, the one asked for "
+        "most is shown (default 8; 1: the likeliest)")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
     if not (Path(args.run) / "aligner").is_dir():

@@ -6,8 +6,9 @@
     4. the aligner is trained in the paper's three steps, and in one more
 
 The aligner never sees a policy. Some wordings of objectives, some words, a verb and two combinations of verbs are in
-none of its pairs (wordings.py says which, and where they are), and what it does to objectives that nobody named is measured too (measure.py), beside
-what nothing, a foundation that never saw the answer, and an edit towards something else would have done.
+none of its pairs (wordings.py says which, and where they are), and what it does to objectives that nobody named is
+measured too (measure.py), beside what nothing, a foundation that never saw the answer, and an edit towards something
+else would have done.
 """
 import itertools
 import random
@@ -16,7 +17,7 @@ import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common import add_options, announce, cli, make_parser, option, read_options, write_jsonl
+from common import add_options, announce, cli, make_parser, number, option, read_options, write_jsonl
 import blackbox
 import checkpoint
 import data
@@ -356,7 +357,7 @@ def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="where everything is written (default runs/story; --quick: runs/quick)")
-    add("--seed", type=int, default=0, help="of the data, the training and the questions (default 0)")
+    add("--seed", type=number(int, 0, 2**40), default=0, help="of the data, the training and the questions (default 0)")
     add("--quick", action="store_true", help="everything once in a minute, by other defaults: "
         + ", ".join(f"{name} {value}" for name, value in QUICK.items()))
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
@@ -373,7 +374,8 @@ def main():
     out = Path(args.out or ("runs/quick" if args.quick else "runs/story"))
     if note := told_otherwise(options):
         print(note)
-    with whole_run(out, {"seed": args.seed, **asdict(options)}, "story"):
+    trained = {name: value for name, value in asdict(options).items() if name not in ("prompts", "best_of")}
+    with whole_run(out, {"seed": args.seed, **trained}, "story"):
         story(out, args.seed, device, options)
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from common import UserError, cli, write_jsonl
+from common import UserError, cli, number, write_jsonl
 import wordings
 from data import TEMPLATE, split_template
 from objectives import Objective, nearest, plain_name
@@ -545,8 +545,8 @@ def main():
     parser.add_argument("--show", action="store_true", help="print a few questions, answers and scores")
     parser.add_argument("--out", metavar="FOLDER", help="write texts.jsonl, rated.jsonl, prompts.jsonl, "
                         "objectives.json and tokenizer.json")
-    parser.add_argument("--count", type=int, default=2000, help="prompts in each file (default 2000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=number(int, 1), default=2000, help="prompts in each file (default 2000)")
+    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0)
     args = parser.parse_args()
     if args.out:
         folder = Path(args.out)

@@ -276,7 +276,7 @@ def test_the_command_writes_the_rows_and_a_page(untrained, tmp_path, monkeypatch
     assert [json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")] == rows
 
 
-def test_a_call_leaves_the_rows_of_others_and_tells_those_that_belong_together(untrained, tmp_path, monkeypatch, capsys):
+def test_a_call_leaves_the_rows_of_others_and_tells_its_own_kind(untrained, tmp_path, monkeypatch, capsys):
     def call(figure, questions):
         words = ["--out", tmp_path, "--figures", figure, "--seeds", 0, "--questions", questions, "--device", "cpu"]
         assert run(ablate, monkeypatch, words) == 0

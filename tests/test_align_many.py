@@ -160,7 +160,7 @@ def test_what_does_not_go_together_is_one_line(world, serve, tmp_path, monkeypat
     shards = ("3/3", "a/2", "1", "0/0", "-1/2", "1/2/3", "/2", "1.0/2")
     cases = [([f"--shard={word}"], f"--shard: {word} must be I/N") for word in shards] + [
         (["--shard", "0/2", "--out", tmp_path / "out.csv"], "--shard: CSV"),
-        (["--shard", "0/2", "--interactive"], "--shard is for --data"),
+        (["--shard", "0/2", "--interactive"], "--data is not for --interactive"),
         (["--model-name", "ours"], "--model-name is an aligner's behind a server"),
         (["--model", url], "--model URL needs --model-name"),
         (["--model", url, "--model-name", "a"], "--device is for a folder"),
@@ -168,6 +168,8 @@ def test_what_does_not_go_together_is_one_line(world, serve, tmp_path, monkeypat
         (["--model", url, "--model-name", "a", "--temperature", 1, "--min-p", 0.1], "--min-p is nothing")]
     for words, said in cases:
         refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", *words), said)
+    for words in (["--shard", "0/2"], ["--policy", "p"], ["--queries", "q"], ["--limit", 3]):
+        refused(align, monkeypatch, capsys, ["--model", "a", "--interactive", *words], f"{words[0]} is not for --inter")
     words = command(world, tmp_path / "out.jsonl", "--model", url, "--model-name", "a")
     words = [word for word in words if word not in ("--device", "cpu")]
     refused(align, monkeypatch, capsys, words, "no server answers there")
