@@ -118,7 +118,7 @@ def arguments(argv=None):
     add("--out", default="aligned.jsonl", metavar="FILE", help=".jsonl(.gz) or .csv (default aligned.jsonl)")
     add("--policy", metavar="FOLDER_OR_URL", help="who answers prompts that come without an answer: a Llama folder, "
         "or an OpenAI-compatible server (key in OPENAI_API_KEY)")
-    add("--policy-model", default="default", metavar="NAME", help="the model's name on that server")
+    add("--policy-model", metavar="NAME", help="the model's name on that server (default: default)")
     add("--queries", metavar="FILE", help="file with the queries, for outputs that lack them")
     add("--template", metavar="FILE", help="JSON with the prompt template that the aligner was trained with")
     add("--chat-template", choices=["auto", "plain"], help="auto: ask aligner and policy by their own chat templates, "
@@ -143,6 +143,9 @@ def arguments(argv=None):
             refuse_given(parser, args, ["device"], "is for a folder; the server has a device of its own")
     else:
         refuse_given(parser, args, ["model_name"], "is an aligner's behind a server; give --model URL")
+    if not is_url(args.policy or ""):
+        refuse_given(parser, args, ["policy_model"], "is a policy's behind a server; give --policy URL")
+    args.policy_model = args.policy_model or "default"
     if args.interactive:
         refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "is not for --interactive")
     elif args.shard and args.out.endswith(".csv"):

@@ -426,6 +426,8 @@ def main():
             answer.error("--policy URL needs --policy-model")
         if is_url(args.policy):
             refuse_given(answer, args, ["chat_template"], "is for a folder; a server knows its model's own")
+        else:
+            refuse_given(answer, args, ["policy_model"], "is a policy's behind a server; give --policy URL")
         run_answer(args.files, args.policy, args.policy_model, args.out, args.limit, args.device,
                    read_options(Answering, args))
     else:

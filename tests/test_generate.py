@@ -303,6 +303,13 @@ def test_sampled_pairs_have_their_exact_distribution(temperature, top_k, top_p, 
     assert chi_square(counts, wrong)[0] > limit, "a tenth off would be seen"
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-320])
+def test_the_lower_the_temperature_the_surer_the_likeliest_token(temperature):
+    logits = torch.randn(9, 11, generator=torch.Generator().manual_seed(3)).clamp(max=2) * 30
+    logits[:, 4] = 100
+    assert torch.equal(engine.filtered_probs(logits, temperature), torch.eye(11)[4].expand(9, 11))
+
+
 @pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.25),
                                                  (6, 0.9, 0.15), (0, 1.0, 1.0)])
 def test_filtered_probabilities_are_those_by_hand_and_those_of_transformers(top_k, top_p, min_p):

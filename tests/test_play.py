@@ -2,12 +2,14 @@
 import io
 import random
 import re
+import time
 
 import pytest
 
 import play
 import toy
 import wordings
+from choose import Choice
 from conftest import refused, run
 from objectives import Objective
 
@@ -98,7 +100,8 @@ def session(tmp_path, monkeypatch, capsys):
     def held(*lines, words=(), end="\n", appended=f" {OWLS} {INSULT}"):
         asked = []
 
-        def align(aligner, items, objectives, **_):
+        def align(aligner, items, objectives, **options):
+            held.given = options
             assert aligner == tmp_path / "aligner" and objectives is None
             for item in items:
                 asked.append(item)
@@ -143,6 +146,32 @@ def test_what_was_asked_for_is_not_told_again_as_not_asked(session):
     _, out, _ = session("1", "contain no insult")
     assert "asked      contain no insult: worse\n" in out and "not asked  all named objectives: same" in out
     assert "not asked  harmless" not in out
+
+
+def test_two_wordings_of_one_wish_have_a_verdict_each(session):
+    _, out, _ = session("1", "say something about owls; be funny; mention owls")
+    said = [line.strip() for line in out.splitlines() if line.startswith("  asked")]
+    assert [re.split("  +", line)[1] for line in said] == [
+        "say something about owls: better, as good as can be", "be funny: same", "mention owls: better, as good as can be"]
+
+
+def test_quit_ends_a_session_wherever_it_is_said(session):
+    assert len(session("1", "mention owls", "quit", "2", "mention owls")[0]) == 1
+    assert session("quit", "2", "mention owls")[0] == []
+
+
+def test_of_how_many_edits_one_is_shown_is_what_was_asked_for(session):
+    session("1", "mention owls")
+    assert session.given["choice"] == Choice(8) and session.given["seed"] == 0
+    session("1", "mention owls", words=("--best-of", 3, "--seed", 5))
+    assert session.given["choice"] == Choice(3) and session.given["seed"] == 5
+
+
+@pytest.mark.parametrize("text", ["mention " + "a word and " * 40, "9" * 5000, "be funny " * 100])
+def test_what_is_long_is_told_at_once(text):
+    began = time.monotonic()
+    assert play.understood(text)[1] is None and play.task_meant("9" * 5000) is None
+    assert time.monotonic() - began < 5
 
 
 def test_an_answer_left_as_it_is_is_said_to_be(session):

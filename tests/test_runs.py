@@ -3,6 +3,7 @@ import json
 import re
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,15 @@ def test_several_seeds_are_joined_with_students_interval(tmp_path, monkeypatch, 
         assert joined == {"loss": f"{0.5 + 0.125:.3f} ±{half:.3f}", "validation at first": "5.000 ±0.000",
                           "validation": f"{0.8 + 0.125:.3f} ±{half:.3f}"}
     assert found["stopped"]["state"] == "unfinished" and len(found) == 9
+
+
+def test_a_figure_that_a_seed_lacks_is_not_told_of_all_seeds():
+    figures = {"s0": {"net": (0, None), "kept": (50, (49, 51))}, "s1": {"net": (1, None)}}
+    parts = [SimpleNamespace(name=name, figures=found) for name, found in figures.items()]
+    head, rows, _ = runs.figure_table([("all", parts)], None)
+    assert head == ["", "s0", "s1", "= all"]
+    assert rows[0][:3] == ["net", "0.00", "1.00"] and rows[0][3].startswith("0.50 [")
+    assert rows[1] == ["kept", "50.00 [49.00, 51.00]", "-", "-"]
 
 
 def test_what_differs_in_more_than_the_seed_is_not_joined(tmp_path):

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import measure
 import resume
 import story
 import toy
+import train
 import wordings
 from conftest import refused, run, write
 
@@ -140,7 +142,8 @@ def test_a_folder_belongs_to_one_seed_one_recipe_and_one_process_at_a_time(tmp_p
     refused(story, monkeypatch, capsys, [*words, 1, "--width", 64], "holds a run with other width (192, now 64)")
     refused(story, monkeypatch, capsys, [*words, 1, "--quick"], "holds a run with other ")
     refused(story, monkeypatch, capsys, [*words, 1, "--width", 100], "--width 100", "give 64")
-    assert told == [(1, 192)] * 2 and resume.read_run(tmp_path / "run")["ended"]
+    assert run(story, monkeypatch, [*words, 1, "--best-of", 8, "--prompts", 5]) == 0  # of the same models, other edits
+    assert told == [(1, 192)] * 3 and resume.read_run(tmp_path / "run")["ended"]
     monkeypatch.setattr(story, "story", lambda *_: refused(story, monkeypatch, capsys, [*words, 1], "another process"))
     assert run(story, monkeypatch, [*words, 1]) == 0
 
@@ -226,6 +229,21 @@ def test_the_foundation_writes_without_having_seen_the_answer(items):
     for item, prompt in zip(some, seen):
         assert item["original"] not in prompt and prompt.endswith(item["prompt"])
         assert prompt.startswith("The answer: ") and all(o.description in prompt for o in item["objectives"])
+
+
+def test_a_step_takes_as_many_steps_as_it_is_given_of_pairs_again_and_again(tmp_path, monkeypatch):
+    options = dataclasses.replace(story.RECIPE, batch=4, replay=0.5)
+    prepared, rows = {}, [{"prompt": str(number)} for number in range(7)]
+    method = dataclasses.replace(train.METHODS["better"], rows=lambda *_: list(rows))
+    monkeypatch.setitem(train.METHODS, "better", method)
+    monkeypatch.setattr(story.checkpoint, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(story.checkpoint, "load", lambda base, device: SimpleNamespace(config=None))
+    monkeypatch.setattr(train, "prepare", lambda name, rows, *_: prepared.setdefault(name, rows))
+    monkeypatch.setattr(train, "train", lambda *_, **__: None)
+    story.train_aligner(tmp_path, "base", "pairs", ["text"], 0, "cpu", {"better": 10}, options)
+    assert len(prepared["better"]) == 20 and {row["prompt"] for row in prepared["better"]} == set("0123456")
+    assert prepared["better"][:7] == prepared["better"][7:14] and sorted(map(str, prepared["better"][:7])) == sorted(
+        map(str, rows))
 
 
 @pytest.mark.slow

@@ -279,6 +279,11 @@ def test_held_out_verbs_are_in_texts_and_in_no_pair_while_trained_ones_are_in_bo
     assert min(asked.values()) > 20 and min(read[verb] for verb in HELD_OUT_VERBS) > 20
 
 
+def test_a_number_is_a_word_where_a_word_is_asked_for():
+    assert wordings.meant("mention three") == "mention_three" and wordings.meant("begin with two") == "begin_two"
+    assert wordings.meant("use at most three sentences") == "atmost_3" == wordings.meant("At most 3 sentences.")
+
+
 HALVES = [({"begin", "beginboth"}, {"end", "endwithout"}),  # verbs that ask for a half of a combination, in any words
           ({"mention", "twice", "before", "both", "beginboth"}, {"avoid", "endwithout"})]
 
