@@ -148,6 +148,8 @@ def arguments(argv=None):
     args.policy_model = args.policy_model or "default"
     if args.interactive:
         refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "is not for --interactive")
+    elif args.out.endswith(".csv.gz"):
+        parser.error("--out: CSV is written as it is; give FILE.csv or FILE.jsonl.gz")
     elif args.shard and args.out.endswith(".csv"):
         parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
     if (args.best_of or 1) == 1:

@@ -161,6 +161,7 @@ def test_what_does_not_go_together_is_one_line(world, serve, tmp_path, monkeypat
     cases = [([f"--shard={word}"], f"--shard: {word} must be I/N") for word in shards] + [
         (["--shard", "0/2", "--out", tmp_path / "out.csv"], "--shard: CSV"),
         (["--shard", "0/2", "--interactive"], "--data is not for --interactive"),
+        (["--out", tmp_path / "out.csv.gz"], "--out: CSV is written as it is"),
         (["--policy-model", "ours"], "--policy-model is a policy's behind a server"),
         (["--model-name", "ours"], "--model-name is an aligner's behind a server"),
         (["--model", url], "--model URL needs --model-name"),

@@ -152,7 +152,8 @@ def test_two_wordings_of_one_wish_have_a_verdict_each(session):
     _, out, _ = session("1", "say something about owls; be funny; mention owls")
     said = [line.strip() for line in out.splitlines() if line.startswith("  asked")]
     assert [re.split("  +", line)[1] for line in said] == [
-        "say something about owls: better, as good as can be", "be funny: same", "mention owls: better, as good as can be"]
+        "say something about owls: better, as good as can be", "be funny: same",
+        "mention owls: better, as good as can be"]
 
 
 def test_quit_ends_a_session_wherever_it_is_said(session):
