@@ -103,10 +103,15 @@ def template_in(folder):
 
 
 def fingerprint(folder, how="auto"):
-    """A checksum (text) of the chat template that a model in a folder is asked by, and of what ends an answer there;
-    None where there is no template."""
+    """A checksum (text) of the chat template that a model in a folder is asked by; None: none."""
     source = find(folder, how)
-    return source and digest(source.digest, read_object(source.folder / "generation_config.json").get("eos_token_id"))
+    return source and source.digest
+
+
+def stops_beside(folder, how="auto"):
+    """What generation_config.json beside a model's chat template says that ends an answer: ids; None: nothing."""
+    source = find(folder, how)
+    return source and read_object(source.folder / "generation_config.json").get("eos_token_id")
 
 
 def with_template(tokenizer, folder, config, how="auto", began=None):

@@ -50,7 +50,8 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 
-from common import UserError, add_options, check_out, cli, make_parser, number, option, read_options, write_jsonl
+from common import (UserError, add_options, check_out, cli, make_parser, note, number, option, read_options,
+                    write_jsonl)
 
 from tqdm import tqdm
 
@@ -409,6 +410,8 @@ def run_reformulate(files, out, objectives, objective, queries, template, pairin
                             "give prompts with two answers or more, scored on the objectives asked for")
 
     count = write_jsonl(out, examples())
+    if pairs_on and pairs_on[0].name not in scored:
+        note(f"--objective {pairs_on[0].name}: the files say themselves what their answers are scored on")
     print(f"{out}: {count:,} examples, by how many objectives they ask for")
     print_counts(made, skipped, [*TEMPLATE, *(["keep"] if pairing.keep else [])])
 

@@ -10,7 +10,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from common import UserError, note
+from common import UserError
 from files import field, first_and_all, is_parquet, kind, lines, objects, records, shorten, shown
 
 
@@ -49,8 +49,6 @@ def located_rated(path, objective=None, queries=None, skipped=None, source=None)
         raise UserError(f"{where}: no known format has {shorten(record) or 'no keys'}; {KNOWN}")
     if convert in (from_pair, from_kto, from_auto_j):
         objective = objective or objective_of_path(path)
-    elif objective:
-        note(f"{path}: says itself what its answers are scored on; --objective is not heeded")
     def converted():
         for where, record in source:
             content = convert(record, where, objective)

@@ -84,7 +84,10 @@ def is_url(policy):
 
 def fingerprint(policy, chat_template):
     """All that is known of how a Llama in a folder, or a server, answers."""
-    return policy if is_url(policy) else [checkpoint.fingerprint(policy), chat.fingerprint(policy, chat_template)]
+    if is_url(policy):
+        return policy
+    return [checkpoint.fingerprint(policy), chat.fingerprint(policy, chat_template),
+            chat.stops_beside(policy, chat_template)]
 
 
 @contextmanager

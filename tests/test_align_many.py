@@ -243,3 +243,12 @@ def test_what_comes_through_a_pipe_is_read_once(world, aligned, tmp_path, monkey
     assert run(align, monkeypatch, command(world, tmp_path / "out", source=tmp_path / "pipe")) == 0
     writer.join()
     assert (tmp_path / "out").read_bytes() == aligned.read_bytes()
+
+
+def test_edits_that_are_empty_are_counted(world, tmp_path, monkeypatch, capsys):
+    """But for those of answers that are empty, too."""
+    source = tmp_path / "in.jsonl"
+    write_jsonl(source, ({"prompt": f"q{n}", "responses": [{"text": text}]} for n, text in enumerate(["A.", "", "B."])))
+    monkeypatch.setattr(Shouting, "write", lambda self, prompts, *_, **__: ((i, "") for i in range(len(prompts))))
+    assert shouted(monkeypatch, world, source, tmp_path / "out", before=lambda count: None) == 0
+    assert "empty: 2 edits, of answers that are not" in capsys.readouterr().out

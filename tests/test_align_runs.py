@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -13,6 +15,7 @@ import checkpoint
 import test_align
 import test_endpoint
 import toy
+import writers
 from common import UserError, write_jsonl
 from conftest import refused, run, write
 from model import Llama
@@ -244,3 +247,22 @@ def test_a_policys_answers_are_not_asked_for_twice(world, tmp_path, monkeypatch,
     assert run(align, monkeypatch, words) == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert sizes == {3: [6, 9], 9: [9], 12: [6]}[count]
+
+
+@pytest.mark.parametrize("batch, most", [(1, 1), (3, 3), (100, 8)])
+def test_a_served_policy_is_asked_no_more_at_a_time_than_a_batch(batch, most):
+    class Policy:
+        asked, peak, guard = 0, 0, threading.Lock()
+
+        def complete(self, prompt, *_, **__):
+            with self.guard:
+                self.asked += 1
+                self.peak = max(self.peak, self.asked)
+            time.sleep(0.02)
+            with self.guard:
+                self.asked -= 1
+            return prompt.upper()
+    policy, items = Policy(), [{"index": place, "prompt": f"p{place}"} for place in range(24)]
+    found = dict(writers.answers_of(policy, items, batch=batch))
+    assert found == {place: f"P{place}" for place in range(24)} and policy.peak <= most
+    assert most == 8 or policy.peak == most

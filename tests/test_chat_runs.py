@@ -16,6 +16,7 @@ import ppo
 import reward
 import scorers
 import train
+import writers
 from common import UserError
 from conftest import refused, response, run, write
 from model import Config, Llama
@@ -258,3 +259,13 @@ def test_chat_template_is_refused_for_a_server(tmp_path, monkeypatch, capsys):
 def test_the_option_has_the_two_values(monkeypatch, capsys, world):
     words = trained(world, "sft", "out", "sft.jsonl", "--chat-template", "file.jinja")
     refused(train, monkeypatch, capsys, words, "--chat-template", "auto", "plain")
+
+
+def test_what_ends_an_answer_is_part_of_who_answers(world, tmp_path):
+    """So that edits of a model that ended otherwise are not gone on with."""
+    folder = shutil.copytree(world / "instruct", tmp_path / "instruct")
+    before = writers.fingerprint(str(folder), "auto")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), "eos_token_id": [2, 5]}))
+    assert writers.fingerprint(str(folder), "auto") != before == writers.fingerprint(str(world / "instruct"), "auto")
+    assert writers.fingerprint(str(folder), "plain") == writers.fingerprint(str(world / "instruct"), "plain")

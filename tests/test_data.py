@@ -51,6 +51,16 @@ def test_the_objectives_that_ship_have_a_sentence_and_other_wordings_each():
     assert len(set(texts)) == len(texts) and not any(text != text.strip() or "|" in text for text in texts)
 
 
+def test_an_objective_that_no_file_needed_is_told(tmp_path):
+    scored = {"prompt": "q", "responses": [response("a", helpful=1), response("b", helpful=2)]}
+    rated = write(tmp_path / "r.jsonl", scored)
+    pairs = write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"})
+    for files, told in (([rated], True), ([rated, pairs], False), ([pairs], False)):
+        done = run("reformulate", *files, "--out", tmp_path / "out.jsonl", "--objective", "honest")
+        assert done.returncode == 0
+        assert ("note: --objective honest: the files say themselves" in done.stderr) == told
+
+
 def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path):
     as_dict, as_list = tmp_path / "a.json", tmp_path / "b.json"
     as_dict.write_text('{"polite": "Be polite", "harmless": "Harm: none"}')
