@@ -12,7 +12,7 @@ The rows that flow through the project are dicts, and lines of JSON Lines files 
                 number}}], golden?, objectives?, margin?: what    feedback answer            feedback, train sft
                 scores of no greater difference are, is equal
     example     prompt, completion, objectives, relation,         reformulate                train identity, partner,
-                context and answer: [start, end] in the prompt,                              equal, better; TRL
+                context and answer: [start, end] in the prompt,                              equal, better, contrast; TRL
                 of better ones chosen and rejected
     completion  prompt, completion, context?                      formats.read_completions   train sft
     preference  prompt, response_a, response_b, principle,        feedback label,            train reward, train dpo,
@@ -466,7 +466,7 @@ def main():
         help="only such examples (default: all); TRL's DPOTrainer takes a file of better ones as it is")
     add_options(command, Pairing)
 
-    command = commands.add_parser("show", help="print a few records of any file")
+    command = commands.add_parser("show", help="print a few records of a file of answers or examples")
     command.add_argument("file", metavar="FILE")
     command.add_argument("-n", "--number", dest="count", type=number(int, 0), default=3, help="how many (default: 3)")
 
