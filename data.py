@@ -12,8 +12,8 @@ The rows that flow through the project are dicts, and lines of JSON Lines files 
                 number}}], golden?, objectives?, margin?: what    feedback answer            feedback, train sft
                 scores of no greater difference are, is equal
     example     prompt, completion, objectives, relation,         reformulate                train identity, partner,
-                context and answer: [start, end] in the prompt,                              equal, better, contrast; TRL
-                of better ones chosen and rejected
+                context and answer: [start, end] in the prompt,                              equal, better, contrast;
+                of better ones chosen and rejected                                           TRL
     completion  prompt, completion, context?                      formats.read_completions   train sft
     preference  prompt, response_a, response_b, principle,        feedback label,            train reward, train dpo,
                 p_a: probability that response_a is better, gap?: formats.read_preferences,  reward train and score
