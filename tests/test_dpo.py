@@ -82,7 +82,7 @@ def test_dpo_from_the_command_line(world, tmp_path, monkeypatch, capsys):  # noq
     said = [row["loss"] for row in rows if "loss" in row]
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-5) == said[0] and min(said) < 0.6
     words[words.index("--data") + 1] = world / "rated.jsonl"
-    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on at", "--principle")
+    refused(train, monkeypatch, capsys, words, "rated.jsonl", "compares responses on ", "--principle")
     helpful = methods.preference_rows([world / "rated.jsonl"], Options(principle="helpful"))
     assert len(helpful) == 12 * 3 and {row["principle"] for row in helpful} == {"helpful"}
     assert run(train, monkeypatch, [*words, "--principle", "helpful", "--overwrite"]) == 0
