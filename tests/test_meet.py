@@ -222,9 +222,9 @@ def test_what_score_writes_becomes_examples(models, monkeypatch):
         scores = score([prompt] * 2, texts)
         for source, target, sign, relation in ((1, 0, 1, "better"), (0, 1, -1, "better"), (1, 0, 0, "equal")):
             names = frozenset(name for name, (a, b) in zip(("toxicity", "detail"), scores.tolist())
-                              if (a - b > 0.1) - (b - a > 0.1) == sign)
+                              if (a - b > 0.02) - (b - a > 0.02) == sign)
             expected.update([(prompt.strip(), texts[source], texts[target], names, relation)] if names else [])
-    assert reformulated(monkeypatch, path, "--margin", "0.1") == expected
+    assert reformulated(monkeypatch, path, "--margin", "0.02") == expected
     assert {relation for *_, relation in expected} == {"better", "equal"}
 
 
