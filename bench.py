@@ -1,6 +1,6 @@
 """How fast is it, beside its peers? Times our path and a peer's on the same model, data, dtype and machine in one run.
 
-    machine   a bf16 matrix product and a copy: what the other figures are measured against
+    machine   a matrix product, in bf16 where that is computed, and a copy: what the other figures are measured against
     train     supervised fine-tuning, of a 40M Llama if no other is given: train.py's step against TRL's SFTTrainer
     dpo       the same for DPO on preference pairs, the reference included; and whether both find the same losses
     large     on a GPU, 1.1B and 7B Llamas, else the 40M one: utilisation and memory of full fine-tuning and of LoRA
@@ -320,7 +320,7 @@ def dtype_of(device):
 def bench_machine(folder, device):
     rates = measure("machine", folder, device)
     print(f"{'':<46}{'ours':>14}{'peer':>14}{'ratio':>9}")
-    print_line("machine: bf16 matrix product, GFLOP/s", rates["flops"] / 1e9)
+    print_line(f"machine: {dtype_of(device)} matrix product, GFLOP/s", rates["flops"] / 1e9)
     print_line("machine: copy, GB/s", rates["bytes"] / 1e9, decimals=1)
     return rates
 

@@ -22,12 +22,14 @@ from peers import NEW_TOKENS, WARM, once, peak, per_token, run_job, timed_edits,
 
 
 def machine(folder, device):
-    """bf16 FLOP/s of a matrix product, the best of three shapes; bytes/s of a copy, those read and those written."""
+    """FLOP/s of a matrix product in bf16, or in fp32 where the device computes no bf16, the best of three shapes; bytes/s
+    of a copy, those read and those written."""
+    precision = torch.bfloat16 if computes_bf16(device) else torch.float32
     shapes = [(4096, 512, 1376), (4096, 2048, 2048)] + [(8192, 8192, 8192)] * (device == "cuda")
     rates = []
     for rows, inner, columns in shapes:
-        a = torch.randn(rows, inner, device=device).bfloat16()
-        b = torch.randn(columns, inner, device=device).bfloat16()
+        a = torch.randn(rows, inner, device=device, dtype=precision)
+        b = torch.randn(columns, inner, device=device, dtype=precision)
         rates.append(2 * rows * inner * columns / seconds(device, torch.matmul, a, b.T))
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
