@@ -22,8 +22,8 @@ from peers import NEW_TOKENS, WARM, once, peak, per_token, run_job, timed_edits,
 
 
 def machine(folder, device):
-    """FLOP/s of a matrix product in bf16, or in fp32 where the device computes no bf16, the best of three shapes; bytes/s
-    of a copy, those read and those written."""
+    """FLOP/s of a matrix product in bf16, or in fp32 where the device computes no bf16, the best of three shapes;
+    bytes/s of a copy, those read and those written."""
     precision = torch.bfloat16 if computes_bf16(device) else torch.float32
     shapes = [(4096, 512, 1376), (4096, 2048, 2048)] + [(8192, 8192, 8192)] * (device == "cuda")
     rates = []
