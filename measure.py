@@ -99,15 +99,13 @@ def wish(verb, answer, *words):
 
 def need(name, prompt, text):
     """How many sentences the smallest edit that brings an objective to its best takes out or puts in."""
-    sentences = toy.sentences_of(text)
     if name in toy.NAMED:
         trait, wanted = toy.NAMED[name]
         if wanted:
             return max(toy.best(name) - toy.traits(prompt, text).get(trait, 0), 0)
-        return sum(toy.traits(prompt, sentence).get(trait, 0) for sentence in sentences)
+        return sum(toy.traits(prompt, sentence).get(trait, 0) for sentence in toy.sentences_of(text))
     verb, slots = wordings.parts(name)
-    if verb in ("twice", "atleast"):
-        sentences = list(dict.fromkeys(sentences))
+    sentences = toy.counted(verb, text)
     if verb in ("atmost", "atleast"):
         return max(0, (len(sentences) - int(slots[0])) * (1 if verb == "atmost" else -1))
     about = [[toy.mentions(sentence, word) for sentence in sentences] for word in slots]

@@ -222,12 +222,16 @@ def score(name, prompt, text):
     if not (parts := wordings.parts(name)):
         raise unknown(name)
     verb, slots = parts
-    sentences = sentences_of(text)
-    if verb in ("twice", "atleast"):
-        sentences = list(dict.fromkeys(sentences))  # said again, a sentence does not count again
+    sentences = counted(verb, text)
     if verb in ("atmost", "atleast"):
         return int(VERBS[verb](sentences, int(slots[0])))
     return int(VERBS[verb](*([mentions(sentence, word) for sentence in sentences] for word in slots)))
+
+
+def counted(verb, text):
+    """The sentences of a text that a verb is about: where more of something is wanted, none that is said again."""
+    sentences = sentences_of(text)
+    return list(dict.fromkeys(sentences)) if verb in ("twice", "atleast") else sentences
 
 
 def mentions(text, word):

@@ -212,3 +212,13 @@ def test_bad_files_are_one_line_status_2_and_leave_the_output_alone(tmp_path, ca
     assert stopped.value.code == 2 and printed.out == ""
     assert_one_line(printed.err, message)
     assert out.read_text() == "as it was" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("item, said", [
+    ({"wording": ["x"]}, "has wording; an objective has"), ({"wordings": "x"}, "'wordings' is"),
+    ({"wordings": [3]}, "needs a name and a description"), ({"description": 3}, "needs a name")])
+def test_a_file_of_objectives_that_says_something_else_is_one_line(tmp_path, item, said):
+    path = tmp_path / "objectives.json"
+    path.write_text(json.dumps([{"name": "brief", "description": "be brief", **item}]))
+    with pytest.raises(UserError, match=said):
+        data.find_objectives([str(path)])
