@@ -145,8 +145,9 @@ def one_by_one(aligner, seed, count):
 
 
 def unseen_wishes(rng, answer):
-    """Names of the six unseen wishes in a random order, about different words; what is to be taken out is what the
-    answer names, where it names any (of the words never read, for "avoid")."""
+    """Names of the six unseen wishes in a random order, about different words, but that "avoid" and "butnot" may name
+    the same: what is to be taken out is what the answer names, where it names any (for "avoid", of those never read).
+    """
     said = [word for word in wordings.WORDS if toy.mentions(answer, word)]
     unread = [word for word in said if word in wordings.HELD_OUT_WORDS]
     never = rng.sample([word for word in wordings.HELD_OUT_WORDS if word not in said], 5)
@@ -223,7 +224,15 @@ def gathered(rows):
         kinds = found.setdefault(row["figure"], {}).setdefault(f"{row['variant']} {row['at']}".strip(), {})
         cells = kinds.setdefault(row["kind"], {}).setdefault(row["measure"], {})
         cells[row["seed"]] = {"mean": row["mean"], "interval": row["interval"]}
-    return {figure: {name: lines_of(kinds) for name, kinds in names.items()} for figure, names in found.items()}
+    return {figure: {name: complete(lines_of(kinds)) for name, kinds in names.items()}
+            for figure, names in found.items()}
+
+
+def complete(lines):
+    """Of {line: {seed: cell}} the lines that all seeds have; a mean over some of them would be taken for that of all.
+    """
+    most = max(map(len, lines.values()), default=0)
+    return {line: seeds for line, seeds in lines.items() if len(seeds) == most}
 
 
 def lines_of(kinds):
@@ -320,13 +329,14 @@ def main():
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
     out, device = Path(args.out), device_named(args.device)
-    rows = [row for _, row in files.records(out / "rows.jsonl")] if (out / "rows.jsonl").exists() else []
     tasks = [(figure, name, seed) for seed, figure in itertools.product(args.seeds, args.figures)
              for name in FIGURES[figure]]
     for place, (figure, name, seed) in enumerate(tasks, 1):
         announce(f"{place} of {len(tasks)}: {figure}, {name}, seed {seed}")
         made = run_variant(out, figure, name, seed, args.scale, args.questions, device)
-        rows = [row for row in rows if not same(row, made[0], "figure", "variant", "seed", "scale", "questions")] + made
+        there = [row for _, row in files.records(out / "rows.jsonl")] if (out / "rows.jsonl").exists() else []
+        asked = "figure", "variant", "seed", "scale", "questions"
+        rows = [row for row in there if "code" in row and not same(row, made[0], *asked)] + made
         write_jsonl(out / "rows.jsonl", rows)
         text = report(out, [row for row in rows if same(row, made[0], "scale", "questions", "code")])
     print(text)

@@ -36,7 +36,8 @@ class Options:
     """How to edit."""
     rounds: int = option(1, "edit the edit again, so many times in all", 1, 10**6)
     max_new_tokens: int = option(1024, "longest edit", 1, 10**9)
-    batch: int = option(32, "answers edited, or questions to a server, at a time", 1, 10**9, free=True)
+    batch: int = option(32, "answers edited, or questions to a server, at a time (to a policy's, 8 at most)", 1, 10**9,
+                        free=True)
     seed: int = option(0, "of the sampling", 0, 2**60)
 
 
@@ -115,7 +116,7 @@ def arguments(argv=None):
     add("--data", nargs="+", metavar="FILE", help="answers (or edits) to edit, or prompts, in any form data.py reads")
     add("--objectives", nargs="+", metavar="O", help='names, "Name: what a response must do", or JSON files, in this '
         f"order, for all rows (default: each row's own or, where it has none, {' '.join(DEFAULT)})")
-    add("--out", default="aligned.jsonl", metavar="FILE", help=".jsonl(.gz) or .csv (default aligned.jsonl)")
+    add("--out", metavar="FILE", help=".jsonl(.gz) or .csv (default aligned.jsonl)")
     add("--policy", metavar="FOLDER_OR_URL", help="who answers prompts that come without an answer: a Llama folder, "
         "or an OpenAI-compatible server (key in OPENAI_API_KEY)")
     add("--policy-model", metavar="NAME", help="the model's name on that server (default: default)")
@@ -147,8 +148,9 @@ def arguments(argv=None):
         refuse_given(parser, args, ["policy_model"], "is a policy's behind a server; give --policy URL")
     args.policy_model = args.policy_model or "default"
     if args.interactive:
-        refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit"], "is not for --interactive")
-    elif args.out.endswith(".csv.gz"):
+        refuse_given(parser, args, ["shard", "data", "policy", "queries", "limit", "out"], "is not for --interactive")
+    args.out = args.out or "aligned.jsonl"
+    if args.out.endswith(".csv.gz"):
         parser.error("--out: CSV is written as it is; give FILE.csv or FILE.jsonl.gz")
     elif args.shard and args.out.endswith(".csv"):
         parser.error("--shard: CSV files cannot be joined by cat; give --out FILE.jsonl")
@@ -178,7 +180,7 @@ def interactive(aligner, wanted, template, **options):
         edited = next(align(aligner, [item], objectives, template, **options))
         print(ansi_diff(answer, edited["aligned"]))
         if edited.get("left_as_is"):
-            print("(left as it is: too long for the aligner's context)", file=sys.stderr)
+            print("(left as it is: too long for the aligner's context or --max-new-tokens)", file=sys.stderr)
         index += 1
 
 

@@ -66,21 +66,24 @@ def candidates(aligner, prompts, answers, count, new_tokens, rows, seeds, temper
     and the answer; {} where this has more than new_tokens. The first edit is written at the temperature; the others are
     drawn, at TEMPERATURE where it is 0."""
     stops, edits, spaces = aligner.llama.config.stop_ids, [{} for _ in prompts], [""] * len(prompts)
+
+    def ids_of(place, space):
+        return data.text_ids(aligner.tokenizer, [space + answers[place].strip()])[0] + list(stops[:1])
+    fitting = [place for place in range(len(prompts))
+               if min(len(ids_of(place, space)) for space in ("", " ")) <= new_tokens]
     for number in range(count):
-        own = [seed_from(seed, number) if number else seed for seed in seeds]
+        own = [seed_from(seeds[place], number) if number else seeds[place] for place in fitting]
         warm = TEMPERATURE if number and not temperature else temperature
-        for place, ids in aligner.ids(prompts, new_tokens, rows, own, keep_stop=True, temperature=warm, **sampling):
+        for i, ids in aligner.ids([prompts[place] for place in fitting], new_tokens, rows, own, keep_stop=True,
+                                  temperature=warm, **sampling):
             ended = bool(ids) and ids[-1] in stops
             text = aligner.tokenizer.decode(ids[:-1] if ended else ids)
             if text.startswith(" "):
-                spaces[place] = " "
+                spaces[fitting[i]] = " "
             if ended or not stops:
-                edits[place].setdefault(text.strip(), ids)
-    for found, answer, space in zip(edits, answers, spaces):
-        ids = data.text_ids(aligner.tokenizer, [space + answer.strip()])[0] + list(stops[:1])  # it begins as edits do
-        found.setdefault(answer.strip(), ids)
-        if len(ids) > new_tokens:
-            found.clear()
+                edits[fitting[i]].setdefault(text.strip(), ids)
+    for place in fitting:
+        edits[place].setdefault(answers[place].strip(), ids_of(place, spaces[place]))  # it begins as edits do
     return edits
 
 
@@ -99,6 +102,6 @@ def document_logprobs(llama, documents, micro_tokens=16384):
 
 def changed(before, after):
     """How many sentences of a text are taken out, and how many put in, to make another of it."""
-    old, new = (list(filter(None, re.split(r"(?<=[.!?])\s+|\s*\n\s*|(?<=[。！？])", text.strip())))
+    old, new = (list(filter(None, map(str.strip, re.split(r"(?<=[.!?])\s+|\n|(?<=[。！？])", text))))
                 for text in (before, after))
     return len(old) + len(new) - 2 * in_common(old, new)

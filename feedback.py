@@ -47,7 +47,7 @@ class Answering:
     temperature: float = option(1.0, "0 takes the likeliest token", 0, 1e9)
     max_new_tokens: int = option(256, "longest answer", 1, 10**9)
     chat_template: str = chat.template_option()
-    batch: int = option(64, "answers at a time", 1, 10**9, free=True)
+    batch: int = option(64, "answers at a time (of a served policy: 8 at most)", 1, 10**9, free=True)
     seed: int = option(0, "of the sampling", 0, 2**30)
 
 

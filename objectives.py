@@ -167,8 +167,10 @@ def objective_of(item, where):
     description, more = item.get("description"), item.get("wordings", [])
     if not isinstance(more, list):
         raise UserError(f"{where}: 'wordings' is {kind(more)}; give a list of texts")
-    texts = description if isinstance(description, list) else [description]
-    return make_objective(item.get("name"), [*texts, *more] if more else description, where)
+    if isinstance(description, str):
+        description = description.split(SEPARATOR)
+    return make_objective(item.get("name"), [*description, *more] if isinstance(description, list) else description,
+                          where)
 
 
 def nearest(name, known):

@@ -107,15 +107,18 @@ def plan(stages):
 
 
 @contextlib.contextmanager
-def whole_run(out, settings, script):
+def whole_run(out, settings, script, options=None):
     """Within it, a command makes a folder of several parts, and no other process does. run.json tells of it as of a
-    training run. UserError where the folder holds a run with other settings."""
+    training run. UserError where the folder holds a run with other settings. options: those that may be others in the
+    next call, which makes anew what hangs on them; they are told."""
+    options = options or {}
     with locked(Path(out) / ".lock"):
         there = read_run(out)
-        if other := differences(there.get("settings", settings), settings):
+        before = {name: value for name, value in there.get("settings", settings).items() if name not in options}
+        if other := differences(before, settings):
             raise UserError(f"{out}: holds a run with other {', '.join(other)}; give another --out, or delete it")
         write_run(out, {**circumstances(), "parts": there.get("parts", {}), "settings": settings,
-                        "code": code_of(script), "ended": None})
+                        "options": options, "code": code_of(script), "ended": None})
         yield
         write_run(out, {**read_run(out), "ended": now()})
 

@@ -137,7 +137,7 @@ def figures_of(folder):
         for name, value, interval in cells(result):
             found.setdefault(", ".join(name), []).append((value, interval))
     return {name: values[0] if len(values) == 1 else joined([value for value, _ in values])
-            for name, values in found.items()}
+            for name, values in found.items() if len(values) == len(content)}  # what not all seeds have is no mean
 
 
 def joined(values):

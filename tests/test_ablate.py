@@ -286,8 +286,17 @@ def test_a_call_leaves_the_rows_of_others_and_tells_its_own_kind(untrained, tmp_
     assert call("rounds", 1) == ({("rounds", 1)}, ["rounds"])
     assert call("unseen", 1) == ({("rounds", 1), ("unseen", 1)}, ["rounds", "unseen"])
     assert call("unseen", 2) == ({("rounds", 1), ("unseen", 1), ("unseen", 2)}, ["unseen"])
+    made, others = ablate.run_variant, row(7, 1.0, figure="steps") | {"questions": 1, "code": "theirs"}
+
+    def run_variant(*words):  # while another process writes a row
+        text = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+        (tmp_path / "rows.jsonl").write_text(text + json.dumps(others) + "\n", encoding="utf-8")
+        return made(*words)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "run_variant", run_variant)
+        assert call("unseen", 1)[0] == {("rounds", 1), ("unseen", 1), ("unseen", 2), ("steps", 1)}
     monkeypatch.setattr(ablate, "code_of", lambda script: {script: "edited"})
-    assert call("unseen", 1) == ({("rounds", 1), ("unseen", 1), ("unseen", 2)}, ["unseen"])
+    assert call("unseen", 1) == ({("rounds", 1), ("unseen", 1), ("unseen", 2), ("steps", 1)}, ["unseen"])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -317,13 +326,15 @@ def row(seed, mean, variant=ablate.RECIPE, at="", kind="all nine", measured="net
 
 
 def test_rows_are_gathered_by_figure_variant_and_line():
-    rows = [row(0, 10), row(1, 30), row(0, 50, measured="worse"), row(0, 3, measured="garbled"),
+    """A line that not all seeds have is left out."""
+    rows = [row(0, 10), row(1, 30), row(0, 3, measured="garbled"), row(1, 60, kind="of seed 1"),
+            row(0, 50, measured="worse"), row(1, 52, measured="worse"),
             row(0, -5, "other", "3"), row(0, 7, figure="pairs"), row(0, 51, kind="unseen", measured="worse"),
             row(0, 8, figure="pairs", kind="summary", measured="net, words")]
     assert ablate.gathered(rows) == {
         "steps": {ablate.RECIPE: {"net, all nine": {0: {"mean": 10, "interval": None},
                                                     1: {"mean": 30, "interval": None}},
-                                  "worse": {0: {"mean": 50, "interval": None}}},
+                                  "worse": {0: {"mean": 50, "interval": None}, 1: {"mean": 52, "interval": None}}},
                   "other 3": {"net, all nine": {0: {"mean": -5, "interval": None}}}},
         "pairs": {ablate.RECIPE: {"net, words": {0: {"mean": 8, "interval": None}}}}}  # a summary is all that is told
 

@@ -170,7 +170,8 @@ def test_what_does_not_go_together_is_one_line(world, serve, tmp_path, monkeypat
         (["--model", url, "--model-name", "a", "--temperature", 1, "--min-p", 0.1], "--min-p is nothing")]
     for words, said in cases:
         refused(align, monkeypatch, capsys, command(world, tmp_path / "out.jsonl", *words), said)
-    for words in (["--shard", "0/2"], ["--policy", "p"], ["--queries", "q"], ["--limit", 3]):
+    for words in (["--shard", "0/2"], ["--policy", "p"], ["--queries", "q"], ["--limit", 3],
+                  ["--out", "a.jsonl"]):
         refused(align, monkeypatch, capsys, ["--model", "a", "--interactive", *words], f"{words[0]} is not for --inter")
     words = command(world, tmp_path / "out.jsonl", "--model", url, "--model-name", "a")
     words = [word for word in words if word not in ("--device", "cpu")]

@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import time
 from collections import Counter
 
 import pytest
@@ -192,6 +193,22 @@ def test_changed_counts_what_is_taken_out_and_what_is_put_in():
     assert choose.changed("a. b. c. d. e.", "d. e. a. x. b. y. c.") == 6  # a, b, c stay
     assert choose.changed("- salt\n- oil\n- rice", "- salt\n- rice") == 1
     assert choose.changed("一。二。三。四。", "一。四。") == 2
+
+
+def test_no_edit_is_written_of_an_answer_that_is_too_long(writer, items, monkeypatch):
+    asked, ids = [], writers.Writer.ids
+    monkeypatch.setattr(writers.Writer, "ids", lambda self, prompts, *rest, **more:
+                        asked.append(len(prompts)) or ids(self, prompts, *rest, **more))
+    long = {**items[0], "original": items[0]["original"] * 5}
+    found = edited(writer, [items[1], long, items[2]], Choice(3))
+    assert asked == [2, 2, 2] and found.pop(0) == long["original"]
+    assert found == edited(writer, items[1:3], Choice(3))
+
+
+def test_a_run_of_blanks_is_no_long_work():
+    began = time.perf_counter()
+    assert choose.changed("One." + " " * 50_000 + "two \n\n three", "One. two\nthree") == 0
+    assert time.perf_counter() - began < 1
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,11 @@ KINDS = {"plain": {}, "recomputed": dict(checkpoint_activations=True), "lora": d
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_training_finds_the_losses_of_plain_training(compiler, tokenizer, tmp_path, monkeypatch, kind):
-    """Batches of three documents and of one, of every length up to 20; what is validated is never compiled. Adapters are
-    traced and differentiated by the compiler, and no C++ is written of it, which takes a minute."""
+    """Batches of three documents and of one, of every length up to 20; what is validated is never compiled. Adapters
+    are traced and differentiated by the compiler, and no C++ is written of it, which takes a minute."""
     found = {}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     if kind == "lora":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     for compile in (False, True):

@@ -78,7 +78,7 @@ def test_objectives_are_found_by_name_text_and_file_in_the_order_asked(tmp_path)
         Objective("Brevity", "be short", ("few words", "in a word")), Objective("brief", "be brief", ("few words",)),
         Objective("calm", "be calm", ("no shouting",))]
     as_list.write_text('[{"name": "brief", "description": "be brief", "wordings": ["few words"]}, '
-                       '{"name": "calm", "description": ["be calm", "no shouting"], "wordings": ["hush"]}]')
+                       '{"name": "calm", "description": "be calm | no shouting", "wordings": ["hush"]}]')
     assert data.find_objectives([str(as_list)]) == [Objective("brief", "be brief", ("few words",)),
                                                     Objective("calm", "be calm", ("no shouting", "hush"))]
     assert data.find_objectives(["Format: as in package.json"]) == [Objective("Format", "as in package.json")]

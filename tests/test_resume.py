@@ -274,6 +274,18 @@ def test_a_folder_of_several_parts_is_no_training_runs(tmp_path, flags):
     assert "holds a run of several parts" in outcome(tmp_path, SETTINGS, flags)
 
 
+def test_options_that_may_be_others_in_the_next_call_are_told_and_not_compared(tmp_path):
+    (tmp_path / "run.json").write_text('{"settings": {"seed": 0, "best_of": 2}}')  # as it was written once
+    for best_of in (1, 8):
+        with resume.whole_run(tmp_path, {"seed": 0}, "story", {"best_of": best_of}):
+            pass
+        run = resume.read_run(tmp_path)
+        assert (run["settings"], run["options"]) == ({"seed": 0}, {"best_of": best_of})
+    with pytest.raises(UserError, match=r"other seed \(0, now 1\)"):
+        with resume.whole_run(tmp_path, {"seed": 1}, "story", {"best_of": 8}):
+            pass
+
+
 def test_a_run_that_ends_while_another_looks_at_it_is_not_begun_again(tmp_path, monkeypatch):
     first, lock = Run(tmp_path, SETTINGS), resume.locked
     steps(first, 0, 2)

@@ -205,6 +205,16 @@ def test_stories_of_other_recipes_are_not_joined_in_their_parts(tmp_path):
     assert len(runs.groups_of(parts)) == 2 and "width" in runs.differing(parts)
 
 
+def test_stories_that_were_edited_otherwise_are_not_joined_but_in_their_parts(tmp_path):
+    stories = [a_story(tmp_path / f"s{seed}", seed, float(seed)) for seed in (0, 1)]
+    for folder, best_of in zip(stories, (1, 8)):
+        told = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**told, "options": {"best_of": best_of}}))
+    found = [runs.read_parts(folder, folder.name) for folder in stories]
+    assert [len(runs.groups_of([parts[name] for parts in found])) for name in ("", "aligner")] == [2, 1]
+    assert runs.differing([parts[""] for parts in found]) == ["seed", "best_of"]
+
+
 def test_results_of_several_seeds_in_one_file_are_joined(tmp_path):
     """As compare.py writes them: gains, with their intervals over questions."""
     results = [{"table": {"dpo": {"gain": gain, "worst": 0, "interval": [0, 1]}}} for gain in (1.0, 2.0)]
@@ -213,6 +223,8 @@ def test_results_of_several_seeds_in_one_file_are_joined(tmp_path):
     assert runs.figures_of(tmp_path) == {"table, dpo, gain": (mean, [mean - half, mean + half])}
     write(tmp_path / "results.json", results[:1])
     assert runs.figures_of(tmp_path) == {"table, dpo, gain": (1.0, [0, 1])}
+    write(tmp_path / "results.json", [*results, {"table": {"ipo": {"gain": 5.0}}}])
+    assert not runs.figures_of(tmp_path), "one seed's figure is not that of three"
 
 
 def test_ppos_rewards_stand_for_losses(tmp_path, monkeypatch, capsys):
