@@ -164,13 +164,11 @@ def objective_of(item, where):
     """The Objective of {"name", "description": a text or a list of texts, "wordings": more of them}."""
     if unknown := item.keys() - {"name", "description", "wordings"}:
         raise UserError(f"{where}: has {shorten(sorted(unknown))}; an objective has name, description and wordings")
-    description, more = item.get("description"), item.get("wordings", [])
+    more = item.get("wordings", [])
     if not isinstance(more, list):
         raise UserError(f"{where}: 'wordings' is {kind(more)}; give a list of texts")
-    if isinstance(description, str):
-        description = description.split(SEPARATOR)
-    return make_objective(item.get("name"), [*description, *more] if isinstance(description, list) else description,
-                          where)
+    own = make_objective(item.get("name"), item.get("description"), where)
+    return make_objective(own.name, [own.description, *own.wordings, *more], where)
 
 
 def nearest(name, known):

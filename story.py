@@ -374,9 +374,9 @@ def main():
     out = Path(args.out or ("runs/quick" if args.quick else "runs/story"))
     if note := told_otherwise(options):
         print(note)
-    trained, asked = asdict(options), {"prompts": options.prompts, "best_of": options.best_of}
-    settings = {"seed": args.seed, **{name: value for name, value in trained.items() if name not in asked}}
-    with whole_run(out, settings, "story", asked):
+    asked = {"prompts": options.prompts, "best_of": options.best_of}
+    trained = {name: value for name, value in asdict(options).items() if name not in asked}
+    with whole_run(out, {"seed": args.seed, **trained}, "story", asked):
         story(out, args.seed, device, options)
 
 

@@ -203,6 +203,7 @@ def test_no_edit_is_written_of_an_answer_that_is_too_long(writer, items, monkeyp
     found = edited(writer, [items[1], long, items[2]], Choice(3))
     assert asked == [2, 2, 2] and found.pop(0) == long["original"]
     assert found == edited(writer, items[1:3], Choice(3))
+    assert edited(writer, [long], Choice(3)) == {0: long["original"]}, "none is left"
 
 
 def test_a_run_of_blanks_is_no_long_work():
