@@ -3,6 +3,7 @@
     python ablate.py                           everything: hours; killed anywhere, it goes on when started again
     python ablate.py --figures words pairs     some figures
     python ablate.py --figures pairs --seeds 0 --scale 0.2
+    python ablate.py --figures size --variants "the recipe" AdamW
 
     words     how many words to mention or avoid it takes to follow words that were never read (and one wording each)
     size      aligners of 0.5, 2 and 8 million parameters, each from its own foundation; and 2 for twice the steps, by
@@ -79,7 +80,7 @@ FIGURES = {  # figure -> {variant: what is trained}
                                         for name, count in story.STEPS.items()}),
               "no equal": without("equal"), "better only": without("identity", "equal", "contrast"),
               "the paper's three": without("contrast")},
-    "pairs": {"the paper's": Variant(data.Pairing()), "--dominance": Variant(data.Pairing(dominance=True)),
+    "pairs": {"the paper's": Variant(data.Pairing()), "only --dominance": Variant(data.Pairing(dominance=True)),
               "recipe, --subset 0.5": paired(subset=0.5), "recipe, no --best": paired(best=0.0),
               "recipe, no --keep": paired(keep=0.0), "recipe, --keep 0.2": paired(keep=0.2),
               "recipe, not --dominance": paired(dominance=False), RECIPE: Variant(),
@@ -321,6 +322,7 @@ def main():
     add = parser.add_argument
     add("--out", default="runs/ablate", metavar="FOLDER", help="where everything is written (default runs/ablate)")
     add("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES), metavar="F", help="which (default: all)")
+    add("--variants", nargs="+", metavar="V", help='by their names, as they are told: "the recipe" (default: all)')
     add("--seeds", nargs="+", type=number(int, 0, 2**40), default=[0, 1, 2], metavar="N",
         help="of data, training and questions (0 1 2)")
     add("--scale", type=number(float, 0.001, 100), default=1.0, help="share of the story's optimizer steps that an "
@@ -328,15 +330,19 @@ def main():
     add("--questions", type=number(int, 1), default=QUESTIONS, help=f"to each policy (default {QUESTIONS})")
     add("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args()
+    there = list(dict.fromkeys(name for figure in args.figures for name in FIGURES[figure]))
+    wanted = args.variants or there
+    if unknown := [name for name in wanted if name not in there]:
+        parser.error(f"--variants: {unknown[0]!r} is not in these --figures; there are: {'; '.join(there)}")
     out, device = Path(args.out), device_named(args.device)
     tasks = [(figure, name, seed) for seed, figure in itertools.product(args.seeds, args.figures)
-             for name in FIGURES[figure]]
+             for name in FIGURES[figure] if name in wanted]
     for place, (figure, name, seed) in enumerate(tasks, 1):
         announce(f"{place} of {len(tasks)}: {figure}, {name}, seed {seed}")
         made = run_variant(out, figure, name, seed, args.scale, args.questions, device)
-        there = [row for _, row in files.records(out / "rows.jsonl")] if (out / "rows.jsonl").exists() else []
+        before = [row for _, row in files.records(out / "rows.jsonl")] if (out / "rows.jsonl").exists() else []
         asked = "figure", "variant", "seed", "scale", "questions"
-        rows = [row for row in there if "code" in row and not same(row, made[0], *asked)] + made
+        rows = [row for row in before if "code" in row and not same(row, made[0], *asked)] + made
         write_jsonl(out / "rows.jsonl", rows)
         text = report(out, [row for row in rows if same(row, made[0], "scale", "questions", "code")])
     print(text)

@@ -276,6 +276,17 @@ def test_the_command_writes_the_rows_and_a_page(untrained, tmp_path, monkeypatch
     assert [json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")] == rows
 
 
+def test_some_variants_by_their_names(untrained, tmp_path, monkeypatch, capsys):
+    words = ["--out", tmp_path, "--seeds", 0, "--questions", 1, "--device", "cpu", "--figures", "steps", "pairs",
+             "--variants"]
+    assert run(ablate, monkeypatch, [*words, "no equal", ablate.RECIPE]) == 0
+    rows = [json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")]
+    assert {(row["figure"], row["variant"]) for row in rows} == {
+        ("steps", "no equal"), ("steps", ablate.RECIPE), ("pairs", ablate.RECIPE)}
+    refused(ablate, monkeypatch, capsys, [*words, "no equal", "10 words"], "--variants", "'10 words'", "the paper's;")
+    refused(ablate, monkeypatch, capsys, [*words, "no equal;"], "--variants", "'no equal;'")
+
+
 def test_a_call_leaves_the_rows_of_others_and_tells_its_own_kind(untrained, tmp_path, monkeypatch, capsys):
     def call(figure, questions):
         words = ["--out", tmp_path, "--figures", figure, "--seeds", 0, "--questions", questions, "--device", "cpu"]
