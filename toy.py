@@ -287,8 +287,10 @@ def material(rng, number, digressions):
             body.insert(rng.randrange(len(body) + 1), (trait, sentence))
     body.insert(rng.randrange(len(body) + 1), ("wrong", rng.choice(WRONG[number])))
     said = {place: [] for place in PLACES}
-    for (place, word), sentence in zip(digressions, favourites(rng, DIGRESSIONS, len(digressions))):
-        said[place].append((f"about {word}", sentence.replace("X", word)))
+    times = Counter(word for _, word in digressions)
+    forms = {word: favourites(rng, DIGRESSIONS, count) for word, count in times.items()}  # each about several words
+    for place, word in digressions:
+        said[place].append((f"about {word}", forms[word].pop(0).replace("X", word)))
     spots = sorted(rng.randrange(len(body) + 1) for _ in said["inside"])
     for spot, sentence in reversed([*zip(spots, said["inside"])]):
         body.insert(spot, sentence)
@@ -482,7 +484,9 @@ def brief_wish(rng, made_up):
                        "endwithout"))
     words = wordings.some_words(rng, verb, TRAINED_WORDS, made_up)
     about = {"twice": words * 2, "both": rng.sample(words, len(words)), "endwithout": words[:1]}.get(verb, words)
-    said = [d.replace("X", word) for word, d in zip(about, rng.sample(DIGRESSIONS, len(about)))]
+    few = rng.sample(DIGRESSIONS, 3)
+    forms = {word: rng.sample(few, 2) for word in words}  # two words are often said in the same form
+    said = [forms[word].pop().replace("X", word) for word in about]
     if verb.startswith("begin"):
         parts = said[:1], said[1:], []
     elif verb.startswith("end"):

@@ -204,6 +204,24 @@ def test_the_material_of_an_answer_holds_every_digression_where_it_was_asked_for
         assert len({sentence for _, sentence in said}) == len(said)
 
 
+def test_two_words_are_at_times_said_in_the_same_form_and_one_word_never_twice():
+    """Else what is said of a word in an answer would tell in which form nothing more can be said."""
+    rng, same = random.Random(0), 0
+    for _ in range(1000):
+        said = dict(toy.material(rng, 0, [("first", "owls"), ("last", "kites")]))
+        same += said["about owls"].replace("owls", "X") == said["about kites"].replace("kites", "X")
+        asked = [("first", "owls"), ("inside", "owls"), ("last", "owls")]
+        assert len({sentence for trait, sentence in toy.material(rng, 0, asked) if trait == "about owls"}) == 3
+    chances = [0.5 ** place for place in range(len(toy.DIGRESSIONS))]
+    expected = sum(chance ** 2 for chance in chances) / sum(chances) ** 2
+    assert abs(same / 1000 - expected) < 0.06  # four deviations
+    answers = [toy.sentences_of(pieces(text)[2]) for text in toy.pretraining_texts(3000, 0)]
+    both = [said for said in answers if len(said) == 2 and all(map(toy.DIGRESSION.fullmatch, said))]
+    forms = [re.compile(re.escape(form).replace("X", r"[\w'-]+")) for form in toy.DIGRESSIONS]
+    alike = [any(all(map(form.fullmatch, said)) for form in forms) for said in both]
+    assert len(both) > 100 and 0.1 < sum(alike) / len(both) < 0.5
+
+
 def test_a_variation_bends_towards_good_only_if_the_wishes_are_granted():
     """With every change certain, what is bent towards good ends with all that is good, and with nothing bad."""
     rng = random.Random(0)
