@@ -443,12 +443,15 @@ def test_a_policy_that_is_its_reference_has_no_reward(world, tmp_path, monkeypat
 
 def test_implicit_rewards_are_those_that_dpo_compares_and_modpo_takes(world, tmp_path, monkeypatch):
     """The difference of two scores is the logit of DPO's loss; MODPO's gap is made of it."""
+    def encoded(row):
+        pair = formats.preference(row["prompt"], *(answer["text"] for answer in row["responses"][:2]), "p", 0.3)
+        return data.encode_examples(checkpoint.load_tokenizer(world / "a"), [pair], 0, 1, 256)
     rows = implicit(monkeypatch, world, tmp_path / "out.jsonl", "b", "a", "--beta", 0.2)
-    row = max(rows, key=lambda row: abs(row["responses"][0]["scores"]["honest_dpo"]
-                                        - row["responses"][1]["scores"]["honest_dpo"]))
+    row = max((row for row in rows if encoded(row)[0]),  # such as fit the context whole
+              key=lambda row: abs(row["responses"][0]["scores"]["honest_dpo"]
+                                  - row["responses"][1]["scores"]["honest_dpo"]))
     first, second = row["responses"][:2]
-    pair = formats.preference(row["prompt"], first["text"], second["text"], "p", 0.3)
-    examples, dropped = data.encode_examples(checkpoint.load_tokenizer(world / "a"), [pair], 0, 1)
+    examples, dropped = encoded(row)
     options = Options(beta=0.2, precision="fp32")
     train.add_ref_logprobs(checkpoint.load(world / "a"), examples, options, False)
     batch, = train.pack(examples, 10**6, torch.device("cpu"))
