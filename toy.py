@@ -280,7 +280,8 @@ def material(rng, number, digressions):
     """Everything that one writer could say to a question, in order: [(trait, sentence), ...]. Answers to the same
     question are choices from the same material, so they share most of their sentences, as drafts of one text do.
 
-    digressions: [(place, word)], in the order in which they come. Their trait is "about WORD"."""
+    digressions: [(place, word)], in the order in which they come. Their trait is "about WORD". Each word's sentences are
+        drawn for themselves, so that two words may be spoken of alike: the form is not to tell the word."""
     body = [("right", step) for step in RIGHT[number]]
     for trait, count in (("insult", 2), ("boast", 1), ("filler", 2)):
         for sentence in rng.sample(SENTENCES[trait], count):
@@ -288,7 +289,7 @@ def material(rng, number, digressions):
     body.insert(rng.randrange(len(body) + 1), ("wrong", rng.choice(WRONG[number])))
     said = {place: [] for place in PLACES}
     times = Counter(word for _, word in digressions)
-    forms = {word: favourites(rng, DIGRESSIONS, count) for word, count in times.items()}  # each about several words
+    forms = {word: favourites(rng, DIGRESSIONS, count) for word, count in times.items()}
     for place, word in digressions:
         said[place].append((f"about {word}", forms[word].pop(0).replace("X", word)))
     spots = sorted(rng.randrange(len(body) + 1) for _ in said["inside"])
