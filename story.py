@@ -12,8 +12,10 @@ else would have done.
 """
 import itertools
 import random
+import re
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -108,18 +110,25 @@ QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows th
 # Training
 
 
-def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=(), options=RECIPE):
-    """The foundation model, in out/foundation: it repeats made-up words, then reads texts. Gives these.
+def make_tokenizer(seed, phrases=()):
+    """The world's phrases, and further ones, are one token each, and so are the words of the notes. All others, read or
+    never read, are in pieces alike: merges are learned from made-up words, so that every piece is met often."""
+    notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
+    times = Counter(word for note in notes for word in re.findall(r" ?\w+|[^\w ]+", note))
+    words = [word for word, count in times.items() if count >= 20]
+    rng = random.Random(f"tokenizer {seed}")
+    made_up = (f" {wordings.coin(rng)}" for _ in range(20000))
+    return toy.train_tokenizer(made_up, 640, [*toy.phrases(), *phrases], words)
 
-    Its tokenizer is made of texts about made-up words, so that real ones, read or never read, are in pieces alike; the
-    world's phrases, and further ones, are one token each."""
+
+def pretrain(out, seed, device, steps=READING, shape=FOUNDATION, phrases=(), options=RECIPE):
+    """The foundation model, in out/foundation: it repeats made-up words, then reads texts. Gives these."""
     def rows_of(part):
         count = round(1.02 * options.batch * steps[part]) + 10
         if part == "words":
             return list(toy.repetitions(count, seed))
         return [{"prompt": "", "completion": text} for text in toy.pretraining_texts(count, seed)]
-    notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
-    tokenizer = toy.train_tokenizer(notes, 1536, [*toy.phrases(), *phrases])
+    tokenizer = make_tokenizer(seed, phrases)
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64  # a multiple of 64 is what matrix units like
     llama = Llama(Config(vocab_size=vocabulary, **shape), seed).to(device)
     training, rows = options.training(seed), {part: rows_of(part) for part in steps}

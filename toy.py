@@ -12,6 +12,7 @@ length: mention X, avoid X, begin with X, X before Y, in at most N sentences. Ho
     python toy.py --out world       everything as files: texts, rated answers, prompts, tokenizer
 """
 import argparse
+import json
 import random
 import re
 from collections import Counter
@@ -523,8 +524,10 @@ def phrases():
     return sorted({text for text in texts + parts + around if len(text) > 1})
 
 
-def train_tokenizer(texts, size=3072, phrases=()):
-    """A byte-level BPE tokenizer trained on texts; ids 0 and 1 are <s> and </s>. phrases: texts that are one token."""
+def train_tokenizer(texts, size=3072, phrases=(), words=()):
+    """A byte-level BPE tokenizer trained on texts; ids 0 and 1 are <s> and </s>. phrases: texts that are one token,
+    wherever they stand. words: texts whose words are one token each where they stand alone, with the space before them.
+    No merge makes these, so that the vocabulary has no pieces that only they are made of, and that are hardly read."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -532,6 +535,14 @@ def train_tokenizer(texts, size=3072, phrases=()):
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
+    if words:
+        state = json.loads(tokenizer.to_str())
+        vocabulary = state["model"]["vocab"]
+        for text in words:
+            for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+                vocabulary.setdefault(word, len(vocabulary))
+        state["model"]["ignore_merges"] = True  # a whole word first, as in Llama 3's
+        tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in phrases])
     return tokenizer
 

@@ -170,7 +170,7 @@ def small():
     """Models, answers and batches so small that a rival takes a moment; one tokenizer for all."""
     make, said, edits = toy.train_tokenizer, [], story.align
 
-    def tokenizer(texts, size, phrases):
+    def tokenizer(texts, size, phrases, words):
         if not said:
             said.append(make(itertools.islice(texts, 300), 300, phrases).to_str())
         return Tokenizer.from_str(said[0])
