@@ -11,6 +11,7 @@ import pytest
 
 import blackbox
 import data
+import story
 import toy
 import wordings
 from common import UserError
@@ -402,17 +403,30 @@ def test_golden_answers_are_good_but_beatable_on_every_objective():
         assert 0.1 < at_best < 0.95, name
 
 
-def test_tokenizer_gives_every_text_back_and_keeps_no_word_whole():
-    """Neither those that are read later on nor those that never are: it has seen made-up ones only."""
-    tokenizer = toy.train_tokenizer(toy.pretraining_texts(4000, 0, made_up=1.0))
-    for text in ["Boil fresh water.", "naïve 🙂 text\n\nwith lines", *wordings.WORDS, *toy.pretraining_texts(20, 7)]:
+def test_the_story_s_tokenizer_keeps_no_topic_whole_and_has_hardly_a_piece_that_is_rare():
+    """Neither topics that are read later on nor those that never are: its pieces are those of made-up words."""
+    tokenizer = story.make_tokenizer(0)
+    texts = list(toy.pretraining_texts(4000, 0))
+    for text in ["Boil fresh water.", "naïve 🙂 text\n\nwith lines", *wordings.WORDS, *texts[:20]]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    counts = {word: len(tokenizer.encode(f" {word}").ids) for word in wordings.WORDS}
-    assert sum(count == 1 for count in counts.values()) < 5
-    trained, held_out = (sum(counts[word] for word in words) / len(words)
+    pieces = {word: tokenizer.encode(f" {word}").ids for word in wordings.WORDS}
+    assert min(len(ids) for ids in pieces.values()) > 1
+    trained, held_out = (sum(len(pieces[word]) for word in words) / len(words)
                          for words in (wordings.TRAINED_WORDS, wordings.HELD_OUT_WORDS))
     assert abs(trained - held_out) < 0.5  # tokens a word
-    assert len(tokenizer.encode(" Boil fresh water.").ids) == 4  # while the world's own words are whole
+    times = Counter(token for encoded in tokenizer.encode_batch(texts) for token in encoded.ids)
+    assert sum(min(times[token] for token in ids) < 10 for ids in pieces.values()) < 5
+    wish = tokenizer.encode(" say something about falcons. Boil fresh water.")
+    assert len(wish.ids) == len(pieces["falcons"]) + 5  # a word each; a stop; the sentence
+
+
+def test_words_are_whole_where_they_stand_alone_and_no_pieces_of_others():
+    tokenizer = toy.train_tokenizer(["lama la ma zebu"] * 9, 280, words=[" zebras graze", " lama"])
+    assert [tokenizer.encode(text).tokens for text in (" zebras graze", " lama")] == [["Ġzebras", "Ġgraze"], ["Ġlama"]]
+    assert "Ġzebras" not in tokenizer.encode(" zebrass").tokens and tokenizer.encode("zebras").tokens[0] != "zebras"
+    for text in (" zebrass zebras", "zebras grazes lama", " grazing"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
 
 
 def test_phrases_are_one_token_each_and_texts_come_back():
