@@ -75,7 +75,8 @@ def world(tmp_path_factory):
     write_jsonl(folder / "pairs.jsonl", map(data.with_pair, examples))
     write_jsonl(folder / "labels.jsonl", [formats.preference(
         row["prompt"], row["responses"][0]["text"], row["responses"][1]["text"], "detail", 0.9) for row in rows])
-    first = start(folder / "start", toy.train_tokenizer(toy.pretraining_texts(60, 0), 400, [" Please."]))
+    tokenizer = toy.train_tokenizer(toy.pretraining_texts(60, 0), 400, [" Please."], words=[" hang a picture"])
+    first = start(folder / "start", tokenizer)
     policy = trained("sft", first, folder / "rated.jsonl", folder / "policy")
     trained("sft", policy, folder / "rated.jsonl", folder / "adapter", "--lora-rank", 2)
     trained("sft", policy, folder / "rated.jsonl", folder / "merged", "--lora-rank", 2, "--merge")
@@ -353,12 +354,13 @@ def test_a_pipeline_goes_on_as_we_do(world, name):
     (said,) = theirs(TEXTS[0], return_full_text=False, **options)
     ids = theirs.tokenizer(TEXTS[0], return_tensors="pt")
     new = theirs.model.generate(**ids, **options)[0, ids.input_ids.size(1):].tolist()
-    ours = generate(checkpoint.load(world / name), [ids_of(world / name, TEXTS[0])], 24)[0]
-    assert new[:len(ours)] == ours and said["generated_text"] == theirs.tokenizer.decode(new, skip_special_tokens=True)
+    llama, stop = checkpoint.load(world / name), dict(stop_ids=[1], keep_stop=True)
+    ours = generate(llama, [ids_of(world / name, TEXTS[0])], 24, **stop)[0]
+    assert new == ours and said["generated_text"] == theirs.tokenizer.decode(new, skip_special_tokens=True)
     batch = transformers.AutoTokenizer.from_pretrained(world / name)([TEXTS[3], TEXTS[0] * 2], padding=True,
                                                                      return_tensors="pt")
     together = theirs.model.generate(**batch, **options)[0, batch.input_ids.size(1):].tolist()
-    alone = generate(checkpoint.load(world / name), [ids_of(world / name, TEXTS[3])], 24)[0]
+    alone = generate(llama, [ids_of(world / name, TEXTS[3])], 24, **stop)[0]
     assert together[:len(alone)] == alone, "beside a longer one, padded"
     assert theirs.model.generate(**ids).size(1) > 60 or new[-1] == 1, "to its end, not to transformers' 20 tokens"
 
