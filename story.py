@@ -111,8 +111,9 @@ QUICK_NOTE = ("Quick: everything runs once, in trainings of seconds. It shows th
 
 
 def make_tokenizer(seed, phrases=()):
-    """The world's phrases, and further ones, are one token each, and so are the words of the notes. All others, read or
-    never read, are in pieces alike: merges are learned from made-up words, so that every piece is met often."""
+    """The world's phrases, and further ones, are one token each, and so are the words that stand 20 times in the notes.
+    All others, read or never read, are in pieces alike: merges are learned from made-up words, so that hardly a piece
+    is rare."""
     notes = (text.partition("\n\n")[0] for text in toy.pretraining_texts(8000, seed, made_up=1.0))
     times = Counter(word for note in notes for word in re.findall(r" ?\w+|[^\w ]+", note))
     words = [word for word, count in times.items() if count >= 20]
